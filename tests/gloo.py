@@ -5,9 +5,9 @@
     def sums(rank: int, size: int, start: int) -> float:              # top level of the test file
         with world("cpu"): ...
 
-Each process has RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them; the function opens the
-process group itself. Arguments and results travel as pickles, so they must be plain data, arrays or CPU tensors: a class defined in the
-test file would be another class over there.
+Each process has RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them;
+the function opens the process group itself. Arguments and results travel as pickles, so they must be plain data,
+arrays or CPU tensors: a class defined in the test file would be another class over there.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(function: str, processes: int, tmp_path: Path, *, time_limit: float = 120.0, **kwargs: Any) -> list[Any]:
-    """Call ``path/of/test_file.py:function`` as ``function(rank, size, **kwargs)`` in every process; results in rank order.
+    """Call ``test_file.py:function`` as ``function(rank, size, **kwargs)`` everywhere; results in rank order.
 
-    The rank that failed first is the one reported: the others usually fail only because it went away. Nothing outlives the call.
+    The rank that failed first is the one reported: the others usually fail only because it went away. Nothing
+    outlives the call.
     """
     folder = tmp_path / f"ranks_{time.time_ns()}"
     folder.mkdir(parents=True)
@@ -114,7 +115,8 @@ def _child(folder: Path, rank: int, size: int) -> None:
     ok, value = True, None
     try:
         spec = importlib.util.spec_from_file_location("ranks_target", path)
-        assert spec is not None and spec.loader is not None, path
+        assert spec is not None, path
+        assert spec.loader is not None, path
         module = importlib.util.module_from_spec(spec)
         sys.modules["ranks_target"] = module
         spec.loader.exec_module(module)

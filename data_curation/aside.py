@@ -1,0 +1,58 @@
+"""Files that appear whole or not at all: written aside in the same folder, flushed to the disk, renamed."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+__all__ = ["aside", "sweep", "write_parquet"]
+
+_ASIDE = ".part"
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[IO[bytes]]:
+    """A file that becomes `path` if the block ends without an error: readers never see half of it, kill -9 or not.
+
+    An OSError (disk full, no permission, quota) names the file and what to do.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}{_ASIDE}")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        text = f"{error.strerror or error}; make room or allow writing, then run the same command again to go on"
+        raise OSError(error.errno, text, str(path)) from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed process left aside. Only for a folder that nobody else writes to."""
+    for part in folder.glob(f".*{_ASIDE}"):
+        part.unlink(missing_ok=True)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """The table at `path`, whole or not at all; equal tables give equal bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    with aside(path) as file:
+        file.write(buffer.getbuffer())

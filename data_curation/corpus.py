@@ -1,0 +1,158 @@
+"""Random access to a corpus folder: slice i is one positioned read, one checksum, one decode.
+
+No tar is walked and nothing is shared between readers: a `Corpus` may be pickled into a worker or live on through a
+fork, and any number of threads may use one.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data_curation.index import CorpusError, read_index
+from data_curation.slices import Slice, SliceError, decode
+
+__all__ = ["Corpus", "CorpusError"]
+
+OPEN_SHARDS = 128  # file descriptors kept open; a process may have about a thousand
+
+
+class Corpus:
+    """The slices of one split (None: of all), in the order of the index.
+
+    Slices whose content occurs earlier in the corpus are left out unless `duplicates` is set. Every read compares the
+    checksum of the stored bytes; `verify` also hashes the decoded pixels (twice the work). All errors are CorpusErrors
+    that name shard and sample.
+    """
+
+    def __init__(
+        self, folder: Path | str, split: str | None = "train", *, duplicates: bool = False, verify: bool = False
+    ) -> None:
+        self.folder, self.split, self.duplicates, self.verify = Path(folder), split, duplicates, verify
+        self._load()
+
+    def _load(self) -> None:
+        index = read_index(self.folder, ["shard", "offset", "size", "crc32", "codec", "split", "duplicate"])
+        chosen = np.ones(len(index), bool)
+        if self.split is not None:
+            splits = index["split"].to_numpy()
+            if len(index) and self.split not in (known := sorted(set(splits))) and self.split not in ("train", "val"):
+                raise CorpusError(f"{self.folder} has no split {self.split!r}; it has: {', '.join(known)}")
+            chosen &= splits == self.split
+        if not self.duplicates:
+            chosen &= ~index["duplicate"].to_numpy()
+        self._rows = np.flatnonzero(chosen)
+        self._shards, self._shard = _codes(index["shard"], self._rows)
+        self._codecs, self._codec = _codes(index["codec"], self._rows)
+        self._offset, self._size, self._crc = (index[name].to_numpy()[chosen] for name in ("offset", "size", "crc32"))
+        self._columns: dict[str, Any] = {}
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("folder", "split", "duplicates", "verify")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._load()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"Corpus({str(self.folder)!r}, split={self.split!r}): {len(self):,} slices in {len(self._shards)} shards"
+
+    def hu(self, i: int) -> NDArray[np.int16]:
+        """The pixels of slice i in HU, int16 [Y, X], a fresh array."""
+        data = self.encoded(i)
+        try:
+            hu = decode(data, self._codecs[self._codec[i]])
+        except SliceError as error:
+            raise CorpusError(f"{self._place(i)}: {error}") from None
+        if self.verify and Slice(0, hu, 0.0).sha256 != self._column("sha256")[i]:
+            raise CorpusError(f"{self._place(i)}: the decoded pixels are not those that were curated")
+        return hu
+
+    def encoded(self, i: int) -> bytes:
+        """The stored bytes of slice i, checksum compared."""
+        offset, size = int(self._offset[i]), int(self._size[i])
+        try:
+            file = self._file(int(self._shard[i]))
+            data = os.pread(file.descriptor, size, offset)
+        except OSError as error:
+            raise CorpusError(f"{self._place(i)}: cannot be read ({error.strerror}); {_REMEDY}") from None
+        if len(data) != size:
+            end = offset + len(data)
+            raise CorpusError(
+                f"{self._place(i)}: the shard is cut short, {offset + size} bytes needed, {end} there; {_REMEDY}"
+            )
+        if zlib.crc32(data) != self._crc[i]:
+            raise CorpusError(f"{self._place(i)}: the stored bytes are damaged (checksum differs); {_REMEDY}")
+        return data
+
+    def spacing(self, i: int) -> tuple[float, float]:
+        """Distance between rows and between columns, mm."""
+        return float(self._column("spacing_y")[i]), float(self._column("spacing_x")[i])
+
+    def shape(self, i: int) -> tuple[int, int]:
+        """Rows and columns, without reading the slice."""
+        return int(self._column("height")[i]), int(self._column("width")[i])
+
+    def key(self, i: int) -> str:
+        """Name of slice i, the same in every copy of the corpus."""
+        return str(self._column("key")[i])
+
+    def dataset(self, i: int) -> str:
+        """Data set of slice i, as named in the curation's settings."""
+        return str(self._column("dataset")[i])
+
+    def _column(self, name: str) -> Any:
+        """One column of the chosen rows, read on first use; text stays in Arrow's compact form."""
+        if name not in self._columns:
+            values = read_index(self.folder, [name])[name].take(pa.array(self._rows)).combine_chunks()
+            self._columns[name] = values if pa.types.is_string(values.type) else values.to_numpy()
+        return self._columns[name]
+
+    def _place(self, i: int) -> str:
+        return f"{self.folder / 'shards' / self._shards[self._shard[i]]}, sample {self.key(i)}"
+
+    def _file(self, shard: int) -> _File:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                file = self._files[shard] = _File(self.folder / "shards" / self._shards[shard])
+                if len(self._files) > OPEN_SHARDS:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(shard)
+            return file
+
+
+class _File:
+    """A descriptor that is closed when its last reader lets go of it: another thread may still be reading."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+_REMEDY = "run the same `axial curate` again or copy the shard again"
+
+
+def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int32]]:
+    """The distinct texts of the chosen rows, and for each row which of them it has."""
+    encoded = column.take(pa.array(rows)).combine_chunks().dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()

@@ -1,0 +1,163 @@
+"""The Parquet index: its schema, links between volumes that share pixels or a patient, splits, the fingerprint.
+
+Two volumes that share a slice (the same pixels up to clipping) are one duplicate group: a data set repackaged by
+another, the DICOM and the NIfTI of one scan, a part of a scan. Volumes of one patient and of one duplicate group
+always fall into the same split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_curation.aside import aside
+
+__all__ = ["INDEX", "SCHEMA", "CorpusError", "Links", "fingerprint", "link", "merge", "read_index", "split_of"]
+
+INDEX = "index.parquet"
+MERGED = 32  # shards that make one row group
+
+
+class CorpusError(ValueError):
+    """A corpus folder that cannot be read as it is: what is wrong, in which shard and sample, and what to do."""
+
+
+def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
+    return pa.field(name, kind, nullable=False, metadata={"description": meaning})
+
+
+SCHEMA = pa.schema(
+    [
+        _field("key", pa.string(), "name of the sample in its shard: <volume>_<z>"),
+        _field("dataset", pa.string(), "data set, as named in the settings"),
+        _field("volume", pa.string(), "salted hash of data set, patient, study and series"),
+        _field("patient", pa.string(), "salted hash of data set and patient"),
+        _field("study", pa.string(), "salted hash of data set, patient and study"),
+        _field("z", pa.int32(), "slice number in the volume, 0 nearest the feet"),
+        _field("position_mm", pa.float32(), "distance from the lowest slice of the volume, mm"),
+        _field("n_slices", pa.int32(), "slices of the volume, left-out ones included"),
+        _field("height", pa.int32(), "rows, front to back"),
+        _field("width", pa.int32(), "columns, patient right to left"),
+        _field("spacing_z", pa.float32(), "distance between slices, mm"),
+        _field("spacing_y", pa.float32(), "distance between rows, mm"),
+        _field("spacing_x", pa.float32(), "distance between columns, mm"),
+        _field("hu_min", pa.int16(), "lowest HU"),
+        _field("hu_max", pa.int16(), "highest HU"),
+        _field("hu_mean", pa.float32(), "mean HU"),
+        _field("hu_std", pa.float32(), "standard deviation of the HU"),
+        _field("body_fraction", pa.float32(), "share of the pixels above -500 HU"),
+        _field("rounding", pa.float32(), "largest part of an HU lost by rounding the volume's float values; mostly 0"),
+        _field("notes", pa.string(), "what was repaired in the volume, '; ' between"),
+        _field("sha256", pa.string(), "SHA-256 of the pixels as little-endian int16, row by row"),
+        _field("content", pa.string(), "128 bits of SHA-256 of shape and pixels clipped to +-1000 HU; '' if uniform"),
+        _field("licence", pa.string(), "licence of the data set"),
+        _field("held_out", pa.string(), "why the case is held out by default; '' for all others"),
+        _field("split", pa.string(), "train or val; one for all volumes of a patient and of a duplicate group"),
+        _field(
+            "duplicate_group", pa.string(), "first volume that shares slices with this one; itself if there is none"
+        ),
+        _field("duplicate", pa.bool_(), "the same content occurs in an earlier slice of the corpus"),
+        _field("codec", pa.string(), "file ending of the stored slice; names the codec"),
+        _field("shard", pa.string(), "file in shards/"),
+        _field("offset", pa.int64(), "first byte of the stored slice in the shard"),
+        _field("size", pa.int32(), "bytes of the stored slice"),
+        _field("crc32", pa.uint32(), "CRC-32 of the stored slice, to be compared before it is decoded"),
+    ],
+    metadata={"description": "One row per slice of an Axial corpus, in the order of the shards."},
+)
+
+
+def read_index(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The index of a corpus folder, or some columns of it. Raises CorpusError where there is none."""
+    path = folder / INDEX
+    try:
+        return pq.read_table(path, columns=None if columns is None else list(columns), memory_map=True)
+    except FileNotFoundError:
+        raise CorpusError(f"{folder} holds no corpus ({INDEX} is missing): make one with `axial curate`") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorpusError(f"{path} cannot be read ({error}): run `axial curate` again") from None
+
+
+@dataclass(frozen=True)
+class Links:
+    """What `link` found, by the positions of the volumes it was given."""
+
+    related: NDArray[np.int64]  # [V] first volume that this one is tied to by patients or shared slices, by any path
+    group: NDArray[np.int64]  # [V] first volume that this one is tied to by shared slices alone
+    duplicate: tuple[NDArray[np.bool_], ...]  # per volume [its slices]: the content occurs in an earlier slice
+
+
+def link(patients: Sequence[str], contents: Sequence[NDArray[np.uint64]]) -> Links:
+    """Ties volumes together; `contents` are the first 64 bits of each slice's content, 0 for a uniform slice."""
+    sizes = [len(values) for values in contents]
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    values = np.concatenate([*contents, np.empty(0, np.uint64)])
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    first = first[inverse]
+    first[values == 0] = np.flatnonzero(values == 0)
+    shared = np.stack([owner, owner[first]])
+    number = {patient: position for position, patient in reversed(list(enumerate(patients)))}
+    same = np.stack([np.arange(len(patients)), np.array([number[patient] for patient in patients], np.int64)])
+    duplicate = np.split(first != np.arange(len(values)), np.cumsum(sizes)[:-1]) if sizes else []
+    return Links(
+        _components(np.concatenate([shared, same], 1), len(sizes)), _components(shared, len(sizes)), tuple(duplicate)
+    )
+
+
+def _components(edges: NDArray[np.int64], nodes: int) -> NDArray[np.int64]:
+    """The smallest member of each node's component."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(edges.shape[1], np.int8), (edges[0], edges[1])), shape=(nodes, nodes))
+    _, labels = connected_components(graph, directed=False)
+    smallest = np.full(nodes, nodes, np.int64)
+    np.minimum.at(smallest, labels, np.arange(nodes))
+    chosen: NDArray[np.int64] = smallest[labels]
+    return chosen
+
+
+def split_of(patient: str, seed: int, fractions: Mapping[str, float]) -> str:
+    """The split of a set of related volumes, named by the smallest of their patients.
+
+    A hash and not a draw: more data never move a patient to another split, unless they tie it to one with a smaller
+    name.
+    """
+    share = int.from_bytes(hashlib.sha256(f"{seed} split {patient}".encode()).digest()[:8], "big") / 2**64
+    names = list(fractions)
+    for name, edge in zip(names, np.cumsum(list(fractions.values())), strict=True):
+        if share < edge:
+            return name
+    return names[-1]
+
+
+def fingerprint(index: pa.Table) -> str:
+    """SHA-256 over all (key, sha256) in order of the keys: equal slices under equal names, however sharded."""
+    rows = index.select(["key", "sha256"])
+    rows = rows.take(pc.sort_indices(rows, sort_keys=[("key", "ascending")]))
+    digest = hashlib.sha256()
+    for batch in rows.to_batches(max_chunksize=65536):
+        for key, pixels in zip(batch["key"].to_pylist(), batch["sha256"].to_pylist(), strict=True):
+            digest.update(f"{key} {pixels}\n".encode())
+    return digest.hexdigest()
+
+
+def merge(folder: Path, shards: Sequence[str]) -> pa.Table:
+    """Writes the index from the rows of the shards, in their order, and returns the columns that a summary needs."""
+    columns = ["key", "sha256", "dataset", "volume", "patient", "split", "duplicate", "size"]
+    kept = [SCHEMA.empty_table().select(columns)]
+    with aside(folder / INDEX) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+        for start in range(0, len(shards), MERGED):
+            tables = [pq.read_table(folder / "rows" / f"{name}.parquet") for name in shards[start : start + MERGED]]
+            table = pa.concat_tables([table.replace_schema_metadata(None).cast(SCHEMA) for table in tables])
+            writer.write_table(table.combine_chunks())
+            kept.append(table.select(columns))
+    return pa.concat_tables(kept)

@@ -1,0 +1,128 @@
+"""One shard = one task = one proof.
+
+A shard is a plain WebDataset tar of `<key>.<codec>` and `<key>.json`, with fixed owner and time, so that its bytes
+depend on its content only. It counts as written when its Parquet rows are there, name the same plan, and give the
+tar's size: the rows are renamed into place after the tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_curation.aside import aside, write_parquet
+from data_curation.index import SCHEMA, CorpusError
+from data_curation.scan import read_rows, spool_path
+
+__all__ = ["Part", "Shard", "is_written", "write_shard"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The slices of one volume that go into one shard: positions in its scan, and what only the plan knows."""
+
+    volume: str
+    stamp: str  # of the scan, see scan.py: another stamp is another content
+    rows: tuple[int, ...]
+    split: str
+    duplicate_group: str
+    duplicate: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar to be written: its name without ending, its parts, and the seed that orders its slices."""
+
+    name: str
+    parts: tuple[Part, ...]
+    seed: int
+
+    @property
+    def plan(self) -> str:
+        """Names everything the bytes depend on."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def slices(self) -> int:
+        return sum(len(part.rows) for part in self.parts)
+
+
+def is_written(folder: Path, shard: Shard) -> bool:
+    """Are the tar and its rows there, by this plan and whole?"""
+    try:
+        proof = pq.read_schema(folder / "rows" / f"{shard.name}.parquet").metadata
+        size = (folder / "shards" / f"{shard.name}.tar").stat().st_size
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return bool(proof.get(b"plan") == shard.plan.encode() and proof.get(b"tar_bytes") == str(size).encode())
+
+
+def write_shard(folder: Path, shard: Shard) -> int:
+    """Writes the tar from the spools of its volumes, then its rows; returns the tar's bytes.
+
+    The slices are in an order drawn from the seed, so that someone who streams the tar meets its patients mixed.
+    """
+    rows = sorted(_rows(folder, shard), key=lambda row: hashlib.sha256(f"{shard.seed} {row['key']}".encode()).digest())
+    with ExitStack() as stack:
+        spools = {part.volume: stack.enter_context(_open_spool(folder, part.volume)) for part in shard.parts}
+        file = stack.enter_context(aside(folder / "shards" / f"{shard.name}.tar"))
+        _fill(file, rows, spools)
+        size = file.tell()
+    table = pa.Table.from_pylist([{name: row[name] for name in SCHEMA.names} for row in rows], SCHEMA)
+    proof = {"plan": shard.plan, "tar_bytes": str(size), "slices": str(len(rows))}
+    write_parquet(folder / "rows" / f"{shard.name}.parquet", table.replace_schema_metadata(proof))
+    return size
+
+
+def _fill(file: IO[bytes], rows: list[dict[str, Any]], spools: Mapping[str, IO[bytes]]) -> None:
+    """Writes the tar into `file` and each slice's offset into its row."""
+    import webdataset
+
+    tar = webdataset.TarWriter(file, user="axial", group="axial", mode=0o644, mtime=0, encoder=False)
+    for row in rows:
+        spool = spools[row["volume"]]
+        data = os.pread(spool.fileno(), row["size"], row["at"])
+        if zlib.crc32(data) != row["crc32"]:
+            Path(spool.name).unlink()
+            raise CorpusError(
+                f"{spool.name} was damaged and is removed now; run the same command again to read its scan"
+            )
+        facts = json.dumps(_facts(row), separators=(",", ":")).encode()
+        # A member is a header of 512 bytes and its data in blocks of 512; TarWriter sorts members by their ending.
+        before = 512 + -(-len(facts) // 512) * 512 if row["codec"] > "json" else 0
+        row["offset"] = tar.tarstream.offset + before + 512
+        tar.write({"__key__": row["key"], row["codec"]: data, "json": facts})
+    tar.close()
+
+
+def _rows(folder: Path, shard: Shard) -> Iterator[dict[str, Any]]:
+    for part in shard.parts:
+        planned = {"split": part.split, "duplicate_group": part.duplicate_group, "duplicate": part.duplicate}
+        rows = read_rows(folder, part.volume)
+        for position in part.rows:
+            yield {**rows[position], **planned, "shard": f"{shard.name}.tar"}
+
+
+def _open_spool(folder: Path, volume: str) -> IO[bytes]:
+    try:
+        return open(spool_path(folder, volume), "rb")
+    except OSError as error:
+        raise CorpusError(f"{error.filename}: {error.strerror}; run the same command again to read its scan") from None
+
+
+def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader of the stream gets beside the pixels; nothing that names a patient."""
+    same = ("dataset", "volume", "z", "n_slices", "hu_min", "hu_max", "body_fraction", "split", "licence", "sha256")
+    spacing = [row["spacing_z"], row["spacing_y"], row["spacing_x"]]
+    shape = [row["height"], row["width"]]
+    return {**{name: row[name] for name in same}, "spacing_zyx_mm": spacing, "shape_yx": shape}

@@ -1,0 +1,171 @@
+"""Cuts a training patch out of a slice and distorts it: nnU-Net's 2D recipe, from the sample's own random numbers.
+
+Cut, rotation, scaling and mirroring are one sampling of the slice, so a patch is interpolated at most once, and not at
+all when it is neither turned nor scaled. Intensities are changed after normalisation (z-scores), as in nnU-Net.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from launch import settings as base
+
+__all__ = ["Augmentation", "Placement", "cut", "distort", "off", "place"]
+
+Range = tuple[float, float]
+
+
+def _probability(default: float, what: str) -> float:
+    return Field(default, ge=0, le=1, description=f"chance of {what}")
+
+
+class Augmentation(base.Settings):
+    """Ranges and chances; the defaults are nnU-Net's for 2D, which MedDINOv3 used. All chances 0: plain patches."""
+
+    flip: tuple[Literal["y", "x"], ...] = Field(
+        ("y", "x"), description="mirrored axes; leave x out where left and right are different labels"
+    )
+    flip_p: float = _probability(0.5, "mirroring, for each axis")
+    rotate_degrees: float = Field(180.0, ge=0, le=180, description="largest rotation, either way")
+    rotate_p: float = _probability(0.2, "a rotation")
+    scale: Range = Field((0.7, 1.4), description="range of the enlargement")
+    scale_p: float = _probability(0.2, "scaling")
+    noise_variance: float = Field(0.1, ge=0, description="largest variance of the noise")
+    noise_p: float = _probability(0.1, "Gaussian noise")
+    blur_sigma: Range = Field((0.5, 1.0), description="range of the blur, px")
+    blur_p: float = _probability(0.2, "a Gaussian blur")
+    brightness: Range = Field((0.75, 1.25), description="range of the factor on intensities")
+    brightness_p: float = _probability(0.15, "a change of brightness")
+    contrast: Range = Field((0.75, 1.25), description="range of the factor on the distance from the mean")
+    contrast_p: float = _probability(0.15, "a change of contrast")
+    coarse: Range = Field((0.5, 1.0), description="range of the grid to which a low-resolution patch is shrunk")
+    coarse_p: float = _probability(0.25, "low resolution")
+    gamma: Range = Field((0.7, 1.5), description="range of the exponent")
+    gamma_p: float = _probability(0.3, "a gamma change")
+    invert_gamma_p: float = _probability(0.1, "a gamma change of the inverted patch")
+
+
+def off() -> Augmentation:
+    """Plain patches."""
+    chances = [name for name in Augmentation.model_fields if name.endswith("_p")]
+    return Augmentation(**dict.fromkeys(chances, 0.0))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a patch lies: `centre` (y, x) in px from the slice's corner, enlargement, radians, mirrored y and x."""
+
+    centre: Range
+    scale: float = 1.0
+    angle: float = 0.0
+    mirror: tuple[bool, bool] = (False, False)
+
+    @property
+    def plain(self) -> bool:
+        """No interpolation is needed."""
+        return self.scale == 1.0 and self.angle == 0.0
+
+
+def place(
+    rng: np.random.Generator, settings: Augmentation, shape: tuple[int, int], size: int, focus: tuple[int, int] | None
+) -> Placement:
+    """Draws a placement: within the slice where the patch fits, and around the pixel `focus` (y, x) if one is given."""
+    centre = []
+    for axis, side in enumerate(shape):
+        low, high = min(size, side) / 2, side - min(size, side) / 2
+        if focus is not None:  # anywhere that keeps the pixel inside, not always at the middle
+            low, high = max(low, focus[axis] + 1 - size / 2), min(high, focus[axis] + size / 2)
+        centre.append(low + math.floor(rng.random() * (high - low + 1)) if high > low else low)
+    draws = rng.random(6)
+    angle = math.radians(settings.rotate_degrees) * (2 * draws[1] - 1) if draws[0] < settings.rotate_p else 0.0
+    scale = (
+        settings.scale[0] + (settings.scale[1] - settings.scale[0]) * draws[3] if draws[2] < settings.scale_p else 1.0
+    )
+    mirror = ("y" in settings.flip and draws[4] < settings.flip_p, "x" in settings.flip and draws[5] < settings.flip_p)
+    return Placement((centre[0], centre[1]), float(scale), float(angle), mirror)
+
+
+def cut(image: NDArray[np.int16], label: NDArray[np.uint8], size: int, where: Placement) -> tuple[Tensor, Tensor]:
+    """Slice [Y, X] -> HU fp32 [size, size], bilinear, and label int64 [size, size], nearest. Outside is air, background."""
+    if where.plain:
+        top, left = (math.floor(middle - size / 2 + 0.5) for middle in where.centre)
+        hu, classes = np.full((size, size), -1000, np.float32), np.zeros((size, size), np.int64)
+        ys, xs = (
+            slice(max(0, start), min(start + size, side)) for start, side in zip((top, left), image.shape, strict=True)
+        )
+        if ys.stop > ys.start and xs.stop > xs.start:
+            to = (slice(ys.start - top, ys.stop - top), slice(xs.start - left, xs.stop - left))
+            hu[to], classes[to] = image[ys, xs], label[ys, xs]
+        pair = torch.from_numpy(hu), torch.from_numpy(classes)
+    else:
+        pair = _sample(image, label, size, where)
+    axes = [axis for axis, mirrored in enumerate(where.mirror) if mirrored]
+    return (pair[0].flip(axes), pair[1].flip(axes)) if axes else pair
+
+
+def _sample(image: NDArray[np.int16], label: NDArray[np.uint8], size: int, where: Placement) -> tuple[Tensor, Tensor]:
+    steps = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) / where.scale
+    dy, dx = torch.meshgrid(steps, steps, indexing="ij")
+    cosine, sine = math.cos(where.angle), math.sin(where.angle)
+    y = where.centre[0] + cosine * dy - sine * dx  # px from the slice's outer edge
+    x = where.centre[1] + sine * dy + cosine * dx
+    grid = torch.stack([2 * x / image.shape[1] - 1, 2 * y / image.shape[0] - 1], dim=-1)[None]
+    hu = torch.from_numpy(image.astype(np.float32)) + 1000  # so that what lies outside, 0, is air
+    classes = torch.from_numpy(label.astype(np.float32))
+    sampled = functional.grid_sample(hu[None, None], grid, mode="bilinear", align_corners=False)[0, 0] - 1000
+    nearest = functional.grid_sample(classes[None, None], grid, mode="nearest", align_corners=False)[0, 0]
+    return sampled, nearest.long()
+
+
+def distort(patch: Tensor, rng: np.random.Generator, settings: Augmentation) -> Tensor:
+    """Intensity changes of one normalised patch [H, W] fp32, in nnU-Net's order."""
+    chance = rng.random(7)
+    amount = rng.random(7)
+    if chance[0] < settings.noise_p:
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        patch = patch + torch.randn(patch.shape, generator=generator) * math.sqrt(settings.noise_variance * amount[0])
+    if chance[1] < settings.blur_p:
+        patch = _blur(patch, _within(settings.blur_sigma, amount[1]))
+    if chance[2] < settings.brightness_p:
+        patch = patch * _within(settings.brightness, amount[2])
+    if chance[3] < settings.contrast_p:
+        mean, low, high = patch.mean(), patch.min(), patch.max()
+        patch = ((patch - mean) * _within(settings.contrast, amount[3]) + mean).clamp(low, high)
+    if chance[4] < settings.coarse_p:
+        small = [max(1, round(side * _within(settings.coarse, amount[4]))) for side in patch.shape]
+        shrunk = functional.interpolate(patch[None, None], size=small, mode="nearest-exact")
+        patch = functional.interpolate(shrunk, size=patch.shape, mode="bicubic", align_corners=False)[0, 0]
+    if chance[5] < settings.invert_gamma_p:
+        patch = -_gamma(-patch, _within(settings.gamma, amount[5]))
+    if chance[6] < settings.gamma_p:
+        patch = _gamma(patch, _within(settings.gamma, amount[6]))
+    return patch
+
+
+def _within(limits: Range, share: float) -> float:
+    return limits[0] + (limits[1] - limits[0]) * float(share)
+
+
+def _gamma(patch: Tensor, exponent: float) -> Tensor:
+    """Bends the range to its power, then restores mean and spread."""
+    low, span = patch.min(), (patch.max() - patch.min()).clamp(min=1e-7)
+    mean, std = patch.mean(), patch.std()
+    bent = ((patch - low) / span) ** exponent * span + low
+    return (bent - bent.mean()) / bent.std().clamp(min=1e-7) * std + mean
+
+
+def _blur(patch: Tensor, sigma: float) -> Tensor:
+    reach = max(1, math.ceil(3 * sigma))
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    weights = (weights / weights.sum())[None, None]
+    padded = functional.pad(patch[None, None], (reach,) * 4, mode="replicate")
+    return functional.conv2d(functional.conv2d(padded, weights[..., None]), weights[:, :, None])[0, 0]

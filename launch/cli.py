@@ -1,0 +1,228 @@
+"""``axial VERB [CONFIG.yaml] [key=value ...] [--on CLUSTER.yaml] [--dry-run]``: from the shell to one function call."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.documents import near
+from launch.executors import Call, Executor, Here, load_cluster, resolve
+from launch.ranks import RankFailed
+from launch.run import USER_ERRORS, Outcome, Stopped, close_run, open_run, say
+from launch.settings import Settings, describe, dump, find, load
+
+__all__ = ["UsageError", "VERBS", "Verb", "main"]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: where its function and settings are, and whether its folder is a run folder that it fills."""
+
+    meaning: str
+    main: str
+    settings: str
+    run: bool = False
+
+
+VERBS = {
+    "demo": Verb("the whole way in a minute, without data", "downstream.demo:main", "downstream.demo:Settings"),
+    "curate": Verb(
+        "public CT sets -> a corpus of shards", "data_curation.curate:main", "data_curation.curate:Settings", run=True
+    ),
+    "report": Verb("what is in a corpus: HTML, PNG", "data_curation.report:main", "data_curation.report:Settings"),
+    "pretrain": Verb("a corpus -> a backbone", "pretrain.train:main", "pretrain.settings:Settings", run=True),
+    "export": Verb("a pretraining run -> one safetensors file", "pretrain.export:main", "pretrain.export:Settings"),
+    "finetune": Verb(
+        "a backbone + labels -> a segmentation model",
+        "downstream.finetune:main",
+        "downstream.finetune:Settings",
+        run=True,
+    ),
+    "predict": Verb(
+        "a model + scans -> label maps", "downstream.predict:main", "downstream.predict:Settings", run=True
+    ),
+    "evaluate": Verb(
+        "label maps -> Dice, NSD, HD95", "downstream.evaluate:main", "downstream.evaluate:Settings", run=True
+    ),
+    "status": Verb("how the runs in a folder are doing", "launch.status:main", "launch.status:Settings"),
+}
+
+# What may change when a run goes on: how long, how fast and what is told of it, never what is computed.
+FREE = ("steps", "device", "workers", "data.workers", "parallel", "checkpoint", "log")
+
+OPTIONS = {
+    "--on": "cluster file: run elsewhere (packaged: here.yaml, two_processes.yaml, slurm_example.yaml)",
+    "--dry-run": "show the settings in force and what would be done; do nothing",
+    "--debug": "show the traceback of a mistake",
+    "--help": "this, or the settings of a verb",
+    "--version": "the version",
+}
+
+
+class UsageError(ValueError):
+    """The words of the command line make no command."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command line taken apart; nothing is loaded yet."""
+
+    verb: str = ""
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+    cluster: str | None = None
+    flags: frozenset[str] = frozenset()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 not ok, 2 a mistake of the user's, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    what, folder = "axial", None
+    try:
+        command = _parse(words)
+        what = f"axial {command.verb}".rstrip()
+        if (text := _told(command)) is not None:
+            print(text)
+            return 0 if command.flags else 2
+        verb = VERBS[command.verb]
+        settings: Any = load(
+            resolve(verb.settings), find(command.config) if command.config else None, command.overrides
+        )
+        executor = _executor(command, verb)
+        if "--dry-run" in command.flags:
+            print(_dry(settings, verb))
+            return 0
+        target = resolve(verb.main)
+        if verb.run and _rank_zero():
+            folder = open_run(settings.folder, settings, ["axial", *words], FREE)
+        if isinstance(executor, Here):
+            outcome = target(settings)
+        else:
+            outcome = executor.run(Call(verb.main, verb.settings, settings.folder))
+        if folder is not None and not executor.detached:
+            close_run(folder, "done" if outcome.ok else "failed", outcome)
+        return _end(outcome)
+    except BaseException as error:
+        code = _failed(what, error, folder)
+        if code is None or "--debug" in words:
+            raise
+        return code
+
+
+def _parse(words: Sequence[str]) -> Command:
+    verb, config, cluster = "", None, None
+    overrides: list[str] = []
+    flags: set[str] = set()
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if word in ("-h", "--help"):
+            flags.add("--help")
+        elif word in OPTIONS and word != "--on":
+            flags.add(word)
+        elif name == "--on":
+            cluster = value if equals else next(rest, "")
+            if not cluster:
+                raise UsageError("--on needs the path of a cluster file")
+        elif word.startswith("-"):
+            raise UsageError(f"no such option {name}{near(name, OPTIONS)} (there are: {', '.join(OPTIONS)})")
+        elif not verb:
+            verb = word
+        elif equals and not Path(word).is_file():
+            overrides.append(word)
+        elif config is None:
+            config = word
+        else:
+            raise UsageError(f"one CONFIG is expected, got {config} and {word}; settings are written key=value")
+    if verb and verb not in VERBS:
+        raise UsageError(f"no such verb {verb!r}{near(verb, VERBS)} (there are: {', '.join(VERBS)})")
+    return Command(verb, config, tuple(overrides), cluster, frozenset(flags))
+
+
+def _told(command: Command) -> str | None:
+    """What is asked to be told rather than done: the help, the version."""
+    if "--version" in command.flags:
+        from importlib.metadata import version
+
+        return f"axial {version('axial-ct')}"
+    if command.verb and "--help" in command.flags:
+        return _verb_help(command.verb)
+    if not command.verb:
+        return _help()
+    return None
+
+
+def _help() -> str:
+    lines = ["axial VERB [CONFIG.yaml] [key=value ...] [--on CLUSTER.yaml] [--dry-run]", ""]
+    lines += [f"  {name:<10}{verb.meaning}" for name, verb in VERBS.items()]
+    return "\n".join([*lines, "", *(f"  {name:<10} {meaning}" for name, meaning in OPTIONS.items())])
+
+
+def _verb_help(name: str) -> str:
+    verb = VERBS[name]
+    rows = describe(resolve(verb.settings))
+    wide = min(max((len(row.key) for row in rows), default=0), 44)
+    lines = [f"axial {name} [CONFIG.yaml] [key=value ...]: {verb.meaning}", ""]
+    for row in rows:
+        default = row.default if row.default == "required" else f"default {row.default or 'empty'}"
+        lines.append(f"  {row.key:<{wide}}  {row.type}, {default}")
+        lines += [f"  {'':<{wide}}    {row.meaning}"] if row.meaning else []
+    return "\n".join(lines)
+
+
+def _executor(command: Command, verb: Verb) -> Executor:
+    if command.cluster is None:
+        return Here()
+    if not verb.run:
+        runs = ", ".join(name for name, other in VERBS.items() if other.run)
+        raise UsageError(f"{command.verb} is quick and runs here; --on is for {runs}")
+    return load_cluster(command.cluster)
+
+
+def _dry(settings: Settings, verb: Verb) -> str:
+    """The settings in force, and what the verb says it would do with them where it can say so."""
+    dry_run = getattr(importlib.import_module(verb.main.partition(":")[0]), "dry_run", None)
+    return dump(settings) + (f"\n{dry_run(settings)}" if dry_run is not None else "")
+
+
+def _rank_zero() -> bool:
+    """Under torchrun every rank comes through here, the first one speaks and writes; asked before torch is there."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _end(outcome: Outcome) -> int:
+    if _rank_zero():
+        for label, lines in (("made", outcome.made), ("next", outcome.next)):
+            for line in lines:
+                print(f"{label}: {line}")
+    return 0 if outcome.ok else 1
+
+
+def _failed(what: str, error: BaseException, folder: Path | None) -> int | None:
+    """Say and note what went wrong; the exit code, or None for an error of ours, whose traceback must be seen."""
+    text, code = say(error), None
+    if isinstance(error, BrokenPipeError):
+        # `axial ... | head`: nobody listens any more, also not to the flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        text, code = "nobody reads the output any more", 141
+    elif isinstance(error, KeyboardInterrupt):
+        text, code = "interrupted; the same command goes on", 130
+    elif isinstance(error, Stopped):
+        code = 130
+    elif isinstance(error, ModuleNotFoundError):
+        text, code = f"needs the Python package {error.name}, which is not installed", 2
+    elif isinstance(error, RankFailed):
+        print(error.trace.rstrip(), file=sys.stderr)
+        code = 1 if error.trace else 2
+    elif isinstance(error, USER_ERRORS):
+        code = 2
+    if folder is not None:
+        close_run(folder, "stopped" if code in (130, 141) else "failed", error=text)
+    if code is not None:
+        print(f"{what}: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,105 @@
+"""Which of how many processes this is, and on which device: from torchrun, our own processes, or SLURM through
+submitit.
+
+The only file of the package that imports torch. One process alone makes no process group, so nothing of
+torch.distributed runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["DeviceError", "World", "agree", "barrier", "rank_zero", "world"]
+
+
+class DeviceError(ValueError):
+    """The device asked for is not there."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process: ``rank`` of ``size`` over all machines, ``local_rank`` on its own machine, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+@contextmanager
+def world(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
+    """The world this process belongs to, joined for the time of the block and left at its end, also after an error.
+
+    ``device``: "auto" (this rank's GPU where there is one, else cpu), "cpu", "cuda" (this rank's GPU) or "cuda:1". A
+    collective that takes longer than ``timeout_s`` raises. Raises DeviceError where torch does not see the GPU.
+    """
+    rank, size, local_rank = _ranks()
+    chosen = _device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(rank, size, local_rank, chosen)
+        return
+    # gloo beside nccl: flags are agreed on and checkpoints are written without a stop of the GPU's queue.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(rank, size, local_rank, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _ranks() -> tuple[int, int, int]:
+    if "RANK" not in os.environ and "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    if "RANK" not in os.environ:
+        return 0, 1, 0
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return rank, size, int(os.environ.get("LOCAL_RANK", rank))
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"no such device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type != "cuda":
+        return device
+    index, count = device.index if device.index is not None else local_rank, torch.cuda.device_count()
+    if index >= count:
+        raise DeviceError(
+            f"device {name} is to be GPU {index}, and torch sees {count}; start fewer processes or use device=cpu"
+        )
+    return torch.device("cuda", index)
+
+
+def rank_zero() -> bool:
+    """Is this the process that speaks and writes for all?"""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def agree(flag: bool) -> bool:
+    """Does any rank say true? Every rank must call it. Goes over the CPU, so a busy GPU is not waited for."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    votes = torch.tensor([int(flag)], dtype=torch.int32)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    agree(False)

@@ -1,0 +1,173 @@
+"""What a training run says: one line a logged step on the console and in log.txt, metrics.jsonl, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from launch.progress import Progress, duration, progress, rate
+from launch.run import now, write_text
+
+__all__ = ["Log", "Progress", "progress", "step_line"]
+
+
+class Log:
+    """Writes into a run folder; with ``active=False`` (every rank but the first) it writes nothing.
+
+    ``resume_step`` is the first step that will be logged again: lines of it and of later steps are dropped from
+    metrics.jsonl, and TensorBoard is told to forget them, so that each step is there once.
+    """
+
+    def __init__(
+        self, folder: Path, every: int = 10, tensorboard: bool = True, active: bool = True, resume_step: int = 0
+    ) -> None:
+        self.every, self.active = every, active
+        self._metrics: IO[str] | None = None
+        self._text: IO[str] | None = None
+        self._board: _Board | None = None
+        self._last = (resume_step, time.monotonic())
+        if not active:
+            return
+        _drop_from(folder / "metrics.jsonl", resume_step)
+        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
+        self._board = _Board(folder / "tensorboard", resume_step) if tensorboard else None
+
+    def due(self, step: int, total: int) -> bool:
+        """Is this a step to log? Asking first saves the host from waiting for the device at all other steps."""
+        return step % self.every == 0 or step == total
+
+    def step(
+        self,
+        step: int,
+        total: int,
+        values: Mapping[str, float],
+        *,
+        terms: Mapping[str, float] | None = None,
+        slices_per_step: int,
+        wait: float | None = None,
+        memory_gib: float | None = None,
+        mfu: float | None = None,
+    ) -> None:
+        """Log one step. ``wait`` is the share of the time spent waiting for data and ``mfu`` that of the peak FLOP/s,
+        both 0 to 1.
+
+        Speed and time left are those since the call before.
+        """
+        if not self.active:
+            return
+        assert self._metrics is not None
+        (last, since), self._last = self._last, (step, time.monotonic())
+        seconds = (self._last[1] - since) / (step - last) if step > last else math.nan
+        speed = {
+            "slices_per_s": slices_per_step / seconds if seconds > 0 else math.nan,
+            "seconds_left": (total - step) * seconds,
+            "wait": wait,
+            "memory_gib": memory_gib,
+            "mfu": mfu,
+        }
+        known = {name: value for name, value in speed.items() if value is not None and not math.isnan(value)}
+        terms = dict(terms or {})
+        row = {
+            "step": step,
+            "total": total,
+            "at": now(),
+            **values,
+            **{f"term/{k}": v for k, v in terms.items()},
+            **known,
+        }
+        self._metrics.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        if self._board is not None:
+            numbers = {f"train/{name}": value for name, value in values.items()}
+            numbers |= {f"term/{name}": value for name, value in terms.items()}
+            self._board.add(step, numbers | {f"speed/{name}": value for name, value in known.items()})
+        self.event(step_line(step, total, values, terms, known))
+
+    def event(self, text: str) -> None:
+        """Say something that is not a step: a checkpoint, a validation, a bad sample."""
+        if self.active:
+            assert self._text is not None
+            print(text, flush=True)
+            self._text.write(f"{now()}  {text}\n")
+
+    def close(self) -> None:
+        """Flush and let go of the files; a second call does nothing."""
+        for part in (self._metrics, self._text, self._board):
+            if part is not None:
+                part.close()
+        self.active, self._metrics, self._text, self._board = False, None, None, None
+
+
+def step_line(
+    step: int, total: int, values: Mapping[str, float], terms: Mapping[str, float], speed: Mapping[str, float]
+) -> str:
+    """``step 1200/50000  loss 8.412 (dino 6.10 ibot 2.21)  grad 0.83  1,840 slices/s  14h left``: what is known."""
+    parts = [f"step {step}/{total}"]
+    for name, value in values.items():
+        within = " ".join(f"{term} {_number(part, 2)}" for term, part in terms.items()) if name == "loss" else ""
+        parts.append(f"{name} {_number(value, 3 if name == 'loss' else 2)}" + (f" ({within})" if within else ""))
+    if "slices_per_s" in speed:
+        parts.append(f"{rate(speed['slices_per_s'])} slices/s")
+    if "wait" in speed:
+        parts.append(f"wait {speed['wait']:.0%}")
+    if "memory_gib" in speed:
+        parts.append(f"{speed['memory_gib']:.1f} GiB")
+    if "mfu" in speed:
+        parts.append(f"mfu {speed['mfu']:.0%}")
+    if speed.get("seconds_left"):
+        parts.append(f"{duration(speed['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+def _number(value: float, digits: int) -> str:
+    if value == 0 or 0.01 <= abs(value) < 1e5 or not math.isfinite(value):
+        return f"{value:.{digits}f}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity; other readers than Python's stop at them."""
+    if isinstance(value, str | int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _drop_from(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut off when the process was killed
+        if row.get("step", -1) < step:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+class _Board:
+    """TensorBoard event files, written by its own package: torch's writer would bring torch in."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._events, self._summaries = event_pb2, summary_pb2
+        self._writer = EventFileWriter(str(folder))
+        if resume_step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.add_event(event_pb2.Event(session_log=start, step=resume_step, wall_time=time.time()))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        rows = [self._summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        summary = self._summaries.Summary(value=rows)
+        self._writer.add_event(self._events.Event(summary=summary, step=step, wall_time=time.time()))
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,284 @@
+"""The run folder: what was asked (settings.yaml), every start of it (run.json) and how it ended (outcome.json).
+
+All three files appear by rename, so a reader never sees half of one. A folder belongs to one set of settings: the
+same settings go on with it, others are refused with the difference.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launch.documents import parse, write
+from launch.settings import Settings, dump
+
+__all__ = [
+    "Outcome",
+    "RunError",
+    "Stopped",
+    "USER_ERRORS",
+    "alive",
+    "close_run",
+    "note_start",
+    "now",
+    "open_run",
+    "read_json",
+    "say",
+    "write_text",
+]
+
+PACKAGES = (
+    "axial-ct", "torch", "numpy", "xformers", "webdataset", "SimpleITK", "pyarrow", "imagecodecs", "submitit",
+    "pydantic", "monai", "safetensors",
+)  # fmt: skip
+
+
+# What a user can cause; the command says these in one line.
+USER_ERRORS = (ValueError, OSError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command made and what one can do with it; ``ok=False`` makes the command end with exit code 1."""
+
+    made: tuple[str, ...] = ()
+    next: tuple[str, ...] = ()
+    ok: bool = True
+
+
+class RunError(ValueError):
+    """The run folder cannot be used: what stands against it and what to do."""
+
+
+class Stopped(Exception):
+    """The work was saved before its end because a signal asked for it; the same command goes on. Not a failure.
+
+    The text names the signal: "stopped by SIGUSR2 after step 120".
+    """
+
+    @property
+    def signal(self) -> str:
+        """Name of the signal, empty where the text has none."""
+        found = re.search(r"\bSIG[A-Z0-9]+", str(self))
+        return found.group() if found else ""
+
+
+def say(error: BaseException) -> str:
+    """An error as the line a user reads; the name of the class only where the text does not say what is wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return f"out of memory. {error}".rstrip(". ")
+    if isinstance(error, USER_ERRORS) and str(error):
+        return str(error)
+    name = "" if isinstance(error, Stopped) or hasattr(error, "trace") else f"{type(error).__name__}: "
+    return f"{name}{error}".rstrip(": ")
+
+
+def open_run(folder: Path, settings: Settings, command: Sequence[str], free: Collection[str] = ()) -> Path:
+    """Make ``folder`` the home of a run with these settings and note this start in it.
+
+    ``free`` are dotted keys that may differ from the folder's own settings, such as "steps"; ``folder`` always may.
+    Raises RunError where the folder holds other settings or is being worked in, and where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(path for path in (folder, *folder.parents) if path.exists())
+        raise RunError(f"{file} is a file, so {folder} cannot be the run folder; choose another folder=") from None
+    except OSError as error:
+        raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from None
+    _refuse_others(folder, settings, {"folder", *free})
+    record = _record(folder)
+    if record["starts"] and alive(record["starts"][-1]) and record["starts"][-1]["pid"] != os.getpid():
+        last = record["starts"][-1]
+        raise RunError(
+            f"{folder} is being worked in by process {last['pid']} since {last['at']}; "
+            "wait for it, stop it, or choose another folder="
+        )
+    start = {
+        "at": now(),
+        "command": list(command),
+        **_here(),
+        **_origin(),
+        "seeds": _seeds(settings.model_dump(mode="json")),
+    }
+    record["starts"].append(start)
+    write_text(folder / "settings.yaml", dump(settings))
+    (folder / "outcome.json").unlink(missing_ok=True)
+    write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+    return folder
+
+
+def close_run(folder: Path, state: str, outcome: Outcome | None = None, error: str = "") -> None:
+    """Note how the last start ended: ``state`` is done, failed or stopped. A full disk must not hide a failure."""
+    made = outcome or Outcome()
+    text = json.dumps({"state": state, "at": now(), "made": made.made, "next": made.next, "error": error}, indent=1)
+    try:
+        write_text(folder / "outcome.json", text + "\n")
+    except RunError:
+        if state == "done":
+            raise
+
+
+def note_start(folder: Path, job: str | None = None, waiting: bool = False) -> None:
+    """Say of the last start that it now runs in this process, as ``job`` of a cluster, or that the job waits there."""
+    record = _record(folder)
+    if not record["starts"]:
+        raise RunError(f"{folder / 'run.json'} holds no start to note job {job} in; start the run again")
+    here = _here() if not waiting else {"host": None, "pid": None, "ticks": None}
+    record["starts"][-1] |= {"job": job, **here}
+    (folder / "outcome.json").unlink(missing_ok=True)
+    write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+def alive(start: dict[str, Any]) -> bool | None:
+    """Does the process of an entry of run.json still run? None where it is another machine's or not started yet."""
+    if start.get("host") != socket.gethostname() or not start.get("pid"):
+        return None
+    return _ticks(start["pid"]) == start.get("ticks") is not None
+
+
+def _ticks(pid: int) -> int | None:
+    """When a process began, in ticks since boot: tells it from a later one with its number. None when it has ended."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else int(fields[18])
+    except FileNotFoundError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0
+
+
+def _here() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "ticks": _ticks(os.getpid())}
+
+
+def now() -> str:
+    """Local time with its offset, to the second."""
+    return datetime.now(UTC).astimezone().isoformat(timespec="seconds")
+
+
+def _refuse_others(folder: Path, settings: Settings, free: Collection[str]) -> None:
+    path = folder / "settings.yaml"
+    if not path.exists():
+        return
+    old, new = (_without(text, free) for text in (_read(path), dump(settings)))
+    if old == new:
+        return
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), str(path), "settings given now", lineterm="", n=2)
+    raise RunError(
+        f"{folder} holds a run with other settings; choose another folder=, or put these back:\n" + "\n".join(lines)
+    )
+
+
+def _without(text: str, free: Collection[str]) -> str:
+    data = parse(text, "", []).data
+    for key in free:
+        *around, last = key.split(".")
+        group = data
+        for part in around:
+            group = group.get(part) if isinstance(group, dict) else None
+        if isinstance(group, dict):
+            group.pop(last, None)
+    return write(data)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    record = read_json(folder / "run.json")
+    if record is None:
+        return {"starts": []}
+    if not isinstance(record.get("starts"), list):
+        raise RunError(f"{folder / 'run.json'} is not a record of starts; move it away to use the folder")
+    return record
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in ``path``; None without the file. Raises RunError where it holds something else."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise RunError(
+            f"{path} is not JSON (line {error.lineno}: {error.msg}); move it away to use the folder"
+        ) from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path} does not hold a JSON object; move it away to use the folder")
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RunError(f"{path} is not UTF-8 text; move it away to use the folder") from None
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``path`` whole or not at all. Raises RunError with the reason, such as a full disk."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _origin() -> dict[str, Any]:
+    """Where the code comes from: commit and changes of its checkout (null outside one) and the versions beneath it."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    # `ls-files` tells the code's own checkout from one that merely has the virtual environment inside it.
+    tracked = _git("ls-files", "--error-unmatch", "launch/run.py") is not None
+    sha = _git("rev-parse", "HEAD") if tracked else None
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no")) if sha else None
+    return {"git": {"sha": sha, "dirty": dirty}, "versions": versions}
+
+
+def _git(*arguments: str) -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _seeds(data: Any, key: str = "") -> dict[str, Any]:
+    """Every setting called seed, by its dotted key."""
+    if not isinstance(data, dict):
+        return {key: data} if key.rpartition(".")[2] == "seed" else {}
+    return {
+        found: seed
+        for name, value in data.items()
+        for found, seed in _seeds(value, f"{key}.{name}".lstrip(".")).items()
+    }

@@ -1,0 +1,108 @@
+"""One step's input on one rank, and the keyed randomness that its samples, crops and masks are drawn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Batch", "Draw", "generator", "sample_order"]
+
+ROUNDS = 8  # of the permutation's Feistel network
+
+
+class Draw(IntEnum):
+    """What a random number is for: draws for one purpose never shift those for another."""
+
+    ORDER = 1
+    CROPS = 2
+    MASKS = 3
+    SIZES = 4
+
+
+def generator(seed: int, draw: Draw, *counters: int) -> np.random.Generator:
+    """The generator of (seed, purpose, counters); no global state, the same on every rank, worker and machine."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int(draw), *counters])))
+
+
+def sample_order(positions: NDArray[np.int64], length: int, seed: int) -> NDArray[np.int64]:
+    """Slices at positions of the endless global order: epoch after epoch, each a permutation of `length` of its own.
+
+    A keyed bijection, so it needs no memory: a Feistel network over a rectangle of just over `length` cells, walked
+    until it lands inside.
+    """
+    epochs, order = positions // length, positions % length
+    for epoch in np.unique(epochs):
+        keys = generator(seed, Draw.ORDER, int(epoch)).integers(2**63, size=ROUNDS, dtype=np.uint64)
+        outside = np.flatnonzero(epochs == epoch)
+        while outside.size:
+            order[outside] = _feistel(order[outside], length, keys)
+            outside = outside[order[outside] >= length]
+    return order
+
+
+def _feistel(x: NDArray[np.int64], length: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """A bijection of the a*b >= length cells of a rectangle: each round shifts one side by a hash of the other."""
+    a = math.isqrt(length - 1) + 1
+    b = -(-length // a)
+    left, right = np.divmod(x.astype(np.uint64), np.uint64(b))
+    for turn, key in enumerate(keys):
+        if turn % 2:
+            right = (right + _mix(left + key) % np.uint64(b)) % np.uint64(b)
+        else:
+            left = (left + _mix(right + key) % np.uint64(a)) % np.uint64(a)
+    return (left * np.uint64(b) + right).astype(np.int64)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Crops, masks and names of one rank's B images; all crops are normalised float32.
+
+    Crop-major order: rows [k*B, (k+1)*B) of a crop tensor are crop k of images 0 .. B-1.
+    """
+
+    global_crops: Tensor  # [2B, C, H, W]
+    local_crops: Tensor  # [n_local*B, C, h, w]
+    gram_crops: Tensor | None  # [2B, C, G, G]; row i shows the same box as global row i
+    masks: Tensor  # bool [2B, N]; True = hidden from the student
+    mask_indices: Tensor  # int64 [M], ascending, flat over 2B*N
+    mask_weights: Tensor  # float32 [M], 1 / (masked patches of that crop)
+    keys: tuple[str, ...]  # [B], the sample each image really is
+    replaced: tuple[str, ...] = ()  # what could not be read and was replaced, one line a slice
+
+    @property
+    def images(self) -> int:
+        """B, the images of this rank."""
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return self.each(Tensor.pin_memory)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        changes: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

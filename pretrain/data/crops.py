@@ -1,0 +1,267 @@
+"""Multi-crop of a slice: what is drawn, and two ways to make it, on the CPU one by one and on a device as a batch.
+
+Everything random about a slice's crops is drawn by `draw_crops` from (seed, sample); `crop_slice` and `crop_batch`
+only carry it out, and agree. The window comes before interpolation, so padding of -3024 HU cannot ring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from launch.settings import Settings
+from pretrain.data.batch import Draw, generator
+from pretrain.data.window import Distortions, HuWindow
+
+__all__ = ["CropDraws", "CropSettings", "CropShape", "Crops", "HuWindow", "crop_batch", "crop_slice", "draw_crops"]
+
+TRIES = 10  # boxes tried before the central one is taken
+CHUNK_BYTES = 2**28  # of interpolation weights held at once by crop_batch
+
+
+class CropShape(Settings):
+    """Side lengths of one step's crops, pixels."""
+
+    global_size: int = Field(256, gt=0, description="side of the two global crops")
+    local_size: int = Field(112, gt=0, description="side of the local crops")
+    gram_size: int | None = Field(None, gt=0, description="side of the Gram teacher's crops; null: none are made")
+    probability: float = Field(1.0, gt=0, le=1, description="share of the steps that have this shape")
+
+
+class CropSettings(Settings):
+    """Boxes, sizes, flips and distortions of a slice's crops."""
+
+    global_size: int = Field(256, gt=0, description="side of the two global crops, pixels")
+    local_size: int = Field(112, gt=0, description="side of the local crops, pixels")
+    gram_size: int | None = Field(
+        None, gt=0, description="side of the Gram teacher's crops, pixels; null: none are made"
+    )
+    mix: tuple[CropShape, ...] = Field(
+        (), description="shapes to mix, one a step on all ranks, instead of global_size, local_size and gram_size"
+    )
+    n_local: int = Field(8, ge=0, description="local crops of a slice")
+    global_scale: tuple[float, float] = Field((0.32, 1.0), description="share of the slice's area in a global crop")
+    local_scale: tuple[float, float] = Field((0.05, 0.32), description="share of the slice's area in a local crop")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="range of width / height of a box")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring a crop left to right")
+    gram_no_distortions: bool = Field(True, description="the Gram teacher sees its crops undistorted")
+    distortions: Distortions = Field(Distortions(), description="intensity augmentations")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> CropSettings:
+        for name in ("global_scale", "local_scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name != "ratio" and high > 1):
+                raise ValueError(f"{name} needs 0 < low <= high{' <= 1' * (name != 'ratio')}, got [{low:g}, {high:g}]")
+        if self.mix and abs(sum(shape.probability for shape in self.mix) - 1) > 1e-6:
+            raise ValueError(f"mix: probabilities must sum to 1, not {sum(s.probability for s in self.mix):g}")
+        if len({shape.gram_size is None for shape in self.shapes}) > 1:
+            raise ValueError("mix: give gram_size to every shape or to none")
+        return self
+
+    @property
+    def shapes(self) -> tuple[CropShape, ...]:
+        """Every shape a step can have."""
+        own = CropShape(global_size=self.global_size, local_size=self.local_size, gram_size=self.gram_size)
+        return self.mix or (own,)
+
+    def shape_at(self, seed: int, step: int) -> CropShape:
+        """The shape of one step, the same on all ranks."""
+        if len(self.shapes) == 1:
+            return self.shapes[0]
+        edges = np.cumsum([shape.probability for shape in self.shapes])
+        u = generator(seed, Draw.SIZES, step).random()
+        return self.shapes[min(int(np.searchsorted(edges, u, side="right")), len(edges) - 1)]
+
+    def check_patches(self, patch_size: int) -> None:
+        """Refuses sides that the patch size does not divide (a convolution would drop the rest in silence)."""
+        for shape in self.shapes:
+            for name in ("global_size", "local_size", "gram_size"):
+                side = getattr(shape, name)
+                if side is not None and side % patch_size and (self.n_local or name != "local_size"):
+                    raise ValueError(f"crops.{name}: {side} is not a multiple of the patch size {patch_size}")
+
+
+@dataclass(frozen=True)
+class CropDraws:
+    """What is drawn for the K = 2 + n_local crops of a slice, global ones first; of a batch with a leading B."""
+
+    boxes: Tensor  # int64 [K, 4]: top, left, height, width; inside the slice
+    flips: Tensor  # bool [K]
+    amounts: Tensor  # float32 [K, 4], of the distortions
+    keys: Tensor  # int64 [K], of the noise
+
+    @staticmethod
+    def stack(draws: list[CropDraws]) -> CropDraws:
+        """The draws of several slices as one, [B, K, ...]."""
+        return CropDraws(*(torch.stack(parts) for parts in zip(*(d.tensors() for d in draws), strict=True)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The four tensors in the order of the constructor."""
+        return self.boxes, self.flips, self.amounts, self.keys
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Normalised float32 crops, crop-major: of B slices, rows [k*B, (k+1)*B) are crop k."""
+
+    globals_: Tensor  # [2B, S, S]
+    locals_: Tensor  # [n_local*B, s, s]
+    gram: Tensor | None  # [2B, G, G]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Global, local and Gram crops."""
+        return self.globals_, self.locals_, self.gram
+
+
+def draw_crops(settings: CropSettings, height: int, width: int, *, seed: int, sample: int) -> CropDraws:
+    """Draws the crops of a slice of height x width pixels from (seed, global sample counter) alone."""
+    rng = generator(seed, Draw.CROPS, sample)
+    crops = 2 + settings.n_local
+    u = rng.random((crops, TRIES, 4))
+    scale = np.array([settings.global_scale] * 2 + [settings.local_scale] * settings.n_local)
+    boxes = _boxes(u, scale, settings.ratio, height, width)
+    flips = rng.random(crops) < settings.flip
+    if settings.distortions.on:
+        amounts, keys = settings.distortions.draw(crops, rng)
+    else:
+        amounts, keys = np.zeros((crops, 4), np.float32), np.zeros(crops, np.int64)
+    return CropDraws(*(torch.from_numpy(part) for part in (boxes, flips, amounts, keys)))
+
+
+def _boxes(
+    u: NDArray[np.float64], scale: NDArray[np.float64], ratio: tuple[float, float], height: int, width: int
+) -> NDArray[np.int64]:
+    """Boxes of random resized crops [K, 4] from uniforms u [K, TRIES, 4]: the first try that fits, else the centre."""
+    area = height * width * (scale[:, :1] + u[..., 0] * (scale[:, 1:] - scale[:, :1]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + u[..., 1] * (high - low))
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    pick = (np.arange(len(u)), fits.argmax(1))
+    h, w = h[pick], w[pick]
+    boxes = np.stack([u[..., 2][pick] * (height - h + 1), u[..., 3][pick] * (width - w + 1), h, w], 1).astype(np.int64)
+    if not fits.any(1).all():
+        h0 = min(height, max(1, round(width / ratio[0])))
+        w0 = min(width, max(1, round(height * ratio[1])))
+        boxes[~fits.any(1)] = ((height - h0) // 2, (width - w0) // 2, h0, w0)
+    return boxes
+
+
+def crop_slice(
+    hu: NDArray[np.int16], draws: CropDraws, settings: CropSettings, shape: CropShape, window: HuWindow
+) -> Crops:
+    """The crops of one slice [Y, X], each interpolated from its box alone; for the CPU."""
+    image = window.apply(torch.from_numpy(hu))[None, None]
+    base = max(shape.global_size, shape.gram_size or 0)
+    sizes = [base] * 2 + [shape.local_size] * settings.n_local
+    crops = []
+    for (top, left, height, width), flip, size in zip(draws.boxes.tolist(), draws.flips.tolist(), sizes, strict=True):
+        crop = _resize(image[..., top : top + height, left : left + width], size)
+        crops.append(crop[0, 0].flip(-1) if flip else crop[0, 0])
+    locals_ = torch.stack(crops[2:]) if settings.n_local else image.new_empty(0, shape.local_size, shape.local_size)
+    return _finish(torch.stack(crops[:2]), locals_, draws.amounts, draws.keys, settings, shape, window)
+
+
+@torch.no_grad()
+def crop_batch(hu: Tensor, draws: CropDraws, settings: CropSettings, shape: CropShape, window: HuWindow) -> Crops:
+    """The crops of slices [B, Y, X], padded to one size with anything finite, as two matrix products; for a device.
+
+    The products read the whole slice for every crop: 30 times the arithmetic of `crop_slice`, in the form that a GPU
+    does for nothing. No value is read back to the host.
+    """
+    batch, side = len(hu), max(hu.shape[1:])
+    base = max(shape.global_size, shape.gram_size or 0)
+    groups = ((slice(0, 2), base), (slice(2, None), shape.local_size))
+    made = [torch.empty(draws.boxes[0, g].shape[0], batch, s, s, device=hu.device) for g, s in groups]
+    per_image = 8 * side * (2 * base + settings.n_local * shape.local_size)
+    with _exact_products():
+        for first in range(0, batch, max(1, CHUNK_BYTES // per_image)):
+            part = slice(first, first + max(1, CHUNK_BYTES // per_image))
+            image = window.apply(hu[part])
+            for (group, size), out in zip(groups, made, strict=True):
+                boxes, flips = draws.boxes[part, group], draws.flips[part, group]
+                out[:, part] = _resample(image, boxes, flips, size).transpose(0, 1)
+    amounts, keys = draws.amounts.transpose(0, 1).flatten(0, 1), draws.keys.transpose(0, 1).flatten()
+    return _finish(made[0].flatten(0, 1), made[1].flatten(0, 1), amounts, keys, settings, shape, window)
+
+
+def _finish(
+    base: Tensor,
+    locals_: Tensor,
+    amounts: Tensor,
+    keys: Tensor,
+    settings: CropSettings,
+    shape: CropShape,
+    window: HuWindow,
+) -> Crops:
+    """Distorts, and takes student and Gram views from the base crops [2B, S, S].
+
+    As in the official recipe both are resized from one base crop; the student's is distorted at its own size, or before
+    the resizing when the Gram teacher shares the distortions.
+    """
+    n, distort = len(base), settings.distortions.apply
+    locals_ = distort(locals_, amounts[n:], keys[n:], window) if len(locals_) else locals_
+    if shape.gram_size is None:
+        return Crops(distort(base, amounts[:n], keys[:n], window), locals_, None)
+    if settings.gram_no_distortions:
+        small = _resize(base[:, None], shape.global_size)[:, 0]
+        return Crops(
+            distort(small, amounts[:n], keys[:n], window), locals_, _resize(base[:, None], shape.gram_size)[:, 0]
+        )
+    base = distort(base, amounts[:n], keys[:n], window)[:, None]
+    return Crops(_resize(base, shape.global_size)[:, 0], locals_, _resize(base, shape.gram_size)[:, 0])
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """[N, 1, h, w] -> [N, 1, size, size], antialiased bicubic; the same tensor when it has that size."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+
+
+def _resample(image: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+    """Boxes [B, K, 4] of images [B, Y, X] -> [B, K, size, size]."""
+    (batch, height, width), crops = image.shape, boxes.shape[1]
+    top, left, h, w = boxes.unbind(-1)
+    rows = _weights(top, h, torch.zeros_like(flips), size, height).view(batch, crops * size, height)
+    columns = _weights(left, w, flips, size, width).view(batch * crops, size, width)
+    half = torch.bmm(rows, image).view(batch * crops, size, width)
+    return torch.bmm(half, columns.mT).view(batch, crops, size, size)
+
+
+def _weights(start: Tensor, length: Tensor, flips: Tensor, size: int, total: int) -> Tensor:
+    """Weights [B, K, size, total] of torch's antialiased bicubic from [start, start + length) of `total` pixels.
+
+    Keys' kernel with a = -0.5, widened when it shrinks, cut at the box's border and normalised to sum 1.
+    """
+    step = (length / size)[..., None, None]
+    out = torch.arange(size, device=start.device)
+    out = torch.where(flips[..., None], size - 1 - out, out)[..., None]  # [B, K, size, 1]
+    pixel = torch.arange(total, device=start.device) - start[..., None, None]  # [B, K, 1, total], from the box's start
+    x = ((pixel + 0.5 - (out + 0.5) * step) / step.clamp(min=1)).abs_()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights *= (pixel >= 0) & (pixel < length[..., None, None])
+    return weights / weights.sum(-1, keepdim=True)
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Full float32 products inside, whatever the trainer allows its own (TF32 would cost 0.003 standard deviations)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,105 @@
+"""DINO: each student crop predicts the prototypes of the teacher's other crops of its image (Caron et al. 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import launch.settings
+from pretrain.losses import Views
+from pretrain.losses._cross_entropy import soft_cross_entropy
+from pretrain.losses._sinkhorn import sinkhorn
+from pretrain.models.heads import HeadSettings
+from pretrain.models.vit import Features
+from pretrain.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pretrain.data.batch import Batch
+
+__all__ = ["Dino", "Settings", "build", "dino_loss"]
+
+
+class Settings(launch.settings.Settings):
+    """Cross-entropy of class tokens over prototypes."""
+
+    kind: Literal["dino"] = "dino"
+    weight: Schedule = Field(Schedule(peak=1.0), description="weight of the loss")
+    local_weight: Schedule = Field(Schedule(peak=1.0), description="further factor of the part from local crops")
+    teacher_temperature: Schedule = Field(
+        Schedule(peak=0.07), description="below the student's: it sharpens the targets"
+    )
+    student_temperature: float = Field(0.1, gt=0, description="divides the student's logits")
+    sinkhorn_iterations: int = Field(3, ge=1, description="sweeps that spread the targets over the prototypes")
+    head: HeadSettings = Field(HeadSettings(), description="projection head")
+
+
+def dino_loss(student: Tensor, teacher: Tensor, temperature: float, *, ignore_diagonal: bool = False) -> Tensor:
+    """Mean cross-entropy over images and pairs of a student crop and a teacher crop.
+
+    ``student`` are logits [S, B, K], ``teacher`` probabilities [T, B, K]; ``ignore_diagonal`` leaves out the pairs of a
+    crop with itself (the first min(S, T) crops are the same on both sides).
+    """
+    crops, images, _ = student.shape
+    targets = teacher.sum(0)  # [B, K]: a sum of cross-entropies is the cross-entropy against the sum
+    pairs = crops * len(teacher)
+    if ignore_diagonal:
+        same = min(crops, len(teacher))
+        pairs -= same
+        targets = targets.expand(crops, -1, -1).clone()
+        targets[:same] -= teacher[:same]
+    return soft_cross_entropy(student, targets, temperature).sum() / (pairs * images)
+
+
+@dataclass(frozen=True)
+class Dino:
+    """The term; local crops and the exchange between global crops count by their numbers of pairs."""
+
+    settings: Settings
+    head: nn.Module | None
+    needs_gram: bool = False
+
+    def weight(self, step: int) -> float:
+        """The weight at this step."""
+        return self.settings.weight(step)
+
+    def loss(
+        self,
+        student: Views,
+        teacher: Views,
+        student_head: nn.Module | None,
+        teacher_head: nn.Module | None,
+        batch: Batch,
+        step: int,
+        gram: Features | None = None,
+    ) -> Tensor:
+        """Weighted loss; the targets of this step come from the teacher's global crops, all ranks together."""
+        assert student_head is not None
+        assert teacher_head is not None
+        s, views = self.settings, len(teacher.globals_.cls) // batch.images
+        with torch.no_grad():
+            logits = teacher_head(teacher.globals_.cls)
+            targets = sinkhorn(logits, s.teacher_temperature(step), s.sinkhorn_iterations)
+            targets = targets.view(views, batch.images, -1)
+        crops = [student.globals_.cls] if student.locals_ is None else [student.globals_.cls, student.locals_.cls]
+        logits = student_head(torch.cat(crops))
+        global_logits, *local_logits = (
+            part.view(-1, batch.images, part.shape[-1]) for part in torch.split(logits, [len(part) for part in crops])
+        )
+        pairs = views * (views - 1)
+        loss = dino_loss(global_logits, targets, s.student_temperature, ignore_diagonal=True)
+        if local_logits:
+            local_pairs = views * len(local_logits[0])
+            local = dino_loss(local_logits[0], targets, s.student_temperature)
+            loss = (pairs * loss + local_pairs * s.local_weight(step) * local) / (pairs + local_pairs)
+        return self.weight(step) * loss
+
+
+def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Dino:
+    """The term with its schedules resolved for a run of ``steps``, and a new head."""
+    names = ("weight", "local_weight", "teacher_temperature")
+    resolved = settings.model_copy(update={name: getattr(settings, name).over(steps) for name in names})
+    return Dino(resolved, settings.head.build(dim))

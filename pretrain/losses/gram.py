@@ -1,0 +1,122 @@
+"""Gram anchoring: the student's patches keep the mutual similarities an earlier teacher found (Simeoni et al. 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+import launch.settings
+from pretrain.losses import Views
+from pretrain.models.vit import Features
+from pretrain.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pretrain.data.batch import Batch
+
+__all__ = ["Gram", "Settings", "build", "gram_loss", "resize_patches"]
+
+Negatives = Literal["keep", "drop", "drop_teacher"]
+
+
+class Settings(launch.settings.Settings):
+    """Squared difference of patch similarities between student and Gram teacher."""
+
+    kind: Literal["gram"] = "gram"
+    weight: Schedule = Field(Schedule(peak=1.0), description="weight of the loss")
+    normalized: bool = Field(True, description="cosine similarities; false: dot products")
+    within_image: bool = Field(
+        True, description="similarities of patches of one crop; false: of all patches of the batch"
+    )
+    negatives: Negatives = Field("keep", description="what becomes of similarities below zero")
+    antialias: bool = Field(
+        False, description="low-pass before the teacher's patches are resized to the student's grid"
+    )
+
+
+def gram_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    normalized: bool = True,
+    within_image: bool = True,
+    negatives: Negatives = "keep",
+) -> Tensor:
+    """Mean squared difference of the similarity matrices of patches [B, N, D], in float32.
+
+    ``drop`` takes similarities below zero for zero on both sides, ``drop_teacher`` on the teacher's alone.
+    """
+    exact = torch.promote_types(student.dtype, torch.float32)
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = student.to(exact), teacher.detach().to(exact)
+        if normalized:
+            student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+        if not within_image:
+            student, teacher = student.flatten(0, 1)[None], teacher.flatten(0, 1)[None]
+        target = teacher @ teacher.mT
+        if negatives == "keep":
+            return torch.baddbmm(target, student, student.mT, beta=-1).square().mean()
+        similarity = student @ student.mT
+        if negatives == "drop":
+            similarity = similarity.clamp(min=0)
+        return (similarity - target.clamp_(min=0)).square().mean()
+
+
+def resize_patches(patches: Tensor, grid: tuple[int, int], to: tuple[int, int], antialias: bool = False) -> Tensor:
+    """Patches [B, h*w, D] of one grid, bicubically resized to another, in float32."""
+    if grid == to:
+        return patches
+    images = torch.unflatten(patches.to(torch.promote_types(patches.dtype, torch.float32)).mT, -1, grid)
+    resized = F.interpolate(images, size=to, mode="bicubic", align_corners=False, antialias=antialias)
+    return resized.flatten(2).mT
+
+
+@dataclass(frozen=True)
+class Gram:
+    """The term: all patches of the student's global crops, masked ones too, against the Gram teacher's larger view."""
+
+    settings: Settings
+    patch_size: int
+    head: nn.Module | None = None
+    needs_gram: bool = True
+
+    def weight(self, step: int) -> float:
+        """The weight at this step."""
+        return self.settings.weight(step)
+
+    def loss(
+        self,
+        student: Views,
+        teacher: Views,
+        student_head: nn.Module | None,
+        teacher_head: nn.Module | None,
+        batch: Batch,
+        step: int,
+        gram: Features | None = None,
+    ) -> Tensor:
+        """Weighted loss; ``gram``: the Gram teacher's features of the gram crops, or of the global ones."""
+        if gram is None:
+            raise ValueError("the gram term has no Gram teacher: name the checkpoint or the copy it is to be")
+        s = self.settings
+        seen = batch.global_crops if batch.gram_crops is None else batch.gram_crops
+        target = resize_patches(gram.patches.detach(), self._grid(seen), self._grid(batch.global_crops), s.antialias)
+        loss = gram_loss(
+            student.globals_.patches,
+            target,
+            normalized=s.normalized,
+            within_image=s.within_image,
+            negatives=s.negatives,
+        )
+        return self.weight(step) * loss
+
+    def _grid(self, crops: Tensor) -> tuple[int, int]:
+        return crops.shape[-2] // self.patch_size, crops.shape[-1] // self.patch_size
+
+
+def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Gram:
+    """The term with its schedule resolved for a run of ``steps``."""
+    return Gram(settings.model_copy(update={"weight": settings.weight.over(steps)}), patch_size)

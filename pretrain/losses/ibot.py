@@ -1,0 +1,90 @@
+"""iBOT: where patches are hidden from the student, it predicts the teacher's prototypes there (Zhou et al. 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import launch.settings
+from pretrain.losses import Views
+from pretrain.losses._cross_entropy import soft_cross_entropy
+from pretrain.losses._sinkhorn import sinkhorn
+from pretrain.models.heads import HeadSettings
+from pretrain.models.vit import Features
+from pretrain.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pretrain.data.batch import Batch
+
+__all__ = ["Ibot", "Settings", "build", "ibot_loss"]
+
+
+class Settings(launch.settings.Settings):
+    """Cross-entropy of masked patches over prototypes."""
+
+    kind: Literal["ibot"] = "ibot"
+    weight: Schedule = Field(Schedule(peak=1.0), description="weight of the loss")
+    teacher_temperature: Schedule = Field(
+        Schedule(peak=0.07), description="below the student's: it sharpens the targets"
+    )
+    student_temperature: float = Field(0.1, gt=0, description="divides the student's logits")
+    sinkhorn_iterations: int = Field(3, ge=1, description="sweeps that spread the targets over the prototypes")
+    head: HeadSettings = Field(HeadSettings(), description="projection head")
+
+
+def ibot_loss(student: Tensor, teacher: Tensor, weights: Tensor, crops: int, temperature: float) -> Tensor:
+    """Mean over all ``crops``, masked or not, of the mean cross-entropy of a crop's masked patches.
+
+    ``student`` are logits and ``teacher`` probabilities [M, K] of the masked patches of all crops; ``weights`` [M] are
+    1 / (masked patches of that crop). Crops without a mask add nothing but count.
+    """
+    return (soft_cross_entropy(student, teacher, temperature) * weights).sum() / crops
+
+
+@dataclass(frozen=True)
+class Ibot:
+    """The term; only masked positions pass through the heads."""
+
+    settings: Settings
+    head: nn.Module | None
+    needs_gram: bool = False
+
+    def weight(self, step: int) -> float:
+        """The weight at this step."""
+        return self.settings.weight(step)
+
+    def loss(
+        self,
+        student: Views,
+        teacher: Views,
+        student_head: nn.Module | None,
+        teacher_head: nn.Module | None,
+        batch: Batch,
+        step: int,
+        gram: Features | None = None,
+    ) -> Tensor:
+        """Weighted loss of the masked patches of ``batch``; the targets are balanced over all ranks together."""
+        assert student_head is not None
+        assert teacher_head is not None
+        s = self.settings
+        with torch.no_grad():
+            logits = teacher_head(_masked(teacher, batch))
+            targets = sinkhorn(logits, s.teacher_temperature(step), s.sinkhorn_iterations)
+        predicted = student_head(_masked(student, batch))
+        loss = ibot_loss(predicted, targets, batch.mask_weights, len(batch.masks), s.student_temperature)
+        return self.weight(step) * loss
+
+
+def _masked(views: Views, batch: Batch) -> Tensor:
+    return views.globals_.patches.flatten(0, 1).index_select(0, batch.mask_indices)
+
+
+def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Ibot:
+    """The term with its schedules resolved for a run of ``steps``, and a new head."""
+    names = ("weight", "teacher_temperature")
+    resolved = settings.model_copy(update={name: getattr(settings, name).over(steps) for name in names})
+    return Ibot(resolved, settings.head.build(dim))

@@ -1,0 +1,129 @@
+"""KoLeo: keeps the class tokens of a batch apart by an estimate of their entropy (Sablayrolles et al. 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+import launch.settings
+from pretrain.losses import Views
+from pretrain.models.vit import Features
+from pretrain.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pretrain.data.batch import Batch
+
+__all__ = ["Koleo", "Settings", "build", "gather_group", "koleo_loss", "ranks_of_group"]
+
+_EPS = 1e-8
+
+
+class Settings(launch.settings.Settings):
+    """Minus the mean logarithm of the distance to the nearest neighbours."""
+
+    kind: Literal["koleo"] = "koleo"
+    weight: Schedule = Field(Schedule(peak=0.1), description="weight of the sum over the global crops")
+    neighbours: int = Field(1, ge=1, description="nearest neighbours of each image that count")
+    group: int | None = Field(
+        None,
+        ge=2,
+        description="images among which neighbours are sought, from adjacent ranks where one has fewer; null: one rank",
+    )
+
+
+def koleo_loss(x: Tensor, among: Tensor | None = None, first: int = 0, neighbours: int = 1) -> Tensor:
+    """-mean log distance from each row of ``x`` [B, D] to its nearest among ``among`` [G, D] (``x`` itself if not
+    given).
+
+    Row i of ``x`` is row ``first + i`` of ``among``. In float32 whatever comes in. Zero, with zero gradient, if there
+    is nobody to be a neighbour; fewer neighbours than asked for are taken where the group is small.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.to(exact), dim=-1, eps=_EPS)
+        others = x if among is None else F.normalize(among.to(exact), dim=-1, eps=_EPS)
+        neighbours = min(neighbours, len(others) - 1)
+        if neighbours < 1:
+            return 0 * x.sum()
+        with torch.no_grad():
+            likeness = x @ others.T
+            likeness.diagonal(first).fill_(-1)
+            nearest = likeness.topk(neighbours, dim=1).indices.flatten()
+        distances = F.pairwise_distance(x.repeat_interleave(neighbours, 0), others[nearest], eps=_EPS)
+        return -(distances + _EPS).log().mean()
+
+
+def ranks_of_group(group: int, images: int, world: int) -> int:
+    """How many adjacent ranks of ``images`` each hold ``group`` images: the least that divides the world."""
+    return next((ranks for ranks in range(1, world) if world % ranks == 0 and ranks * images >= group), world)
+
+
+def gather_group(x: Tensor, ranks: int) -> tuple[Tensor, int]:
+    """The rows of ``x`` [B, D] of this rank's group of ``ranks`` adjacent ranks, and where its own begin.
+
+    Differentiable: what another rank's loss says of this rank's rows comes back. All ranks must hold as many rows.
+    """
+    if ranks == 1:
+        return x, 0
+    everywhere: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    start = dist.get_rank() // ranks * ranks * len(x)
+    return everywhere[start : start + ranks * len(x)], dist.get_rank() * len(x) - start
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+@dataclass(frozen=True)
+class Koleo:
+    """The term: the sum over global crops, each by itself, since two crops of one image are meant to be near."""
+
+    settings: Settings
+    head: nn.Module | None = None
+    needs_gram: bool = False
+
+    def weight(self, step: int) -> float:
+        """The weight at this step."""
+        return self.settings.weight(step)
+
+    def loss(
+        self,
+        student: Views,
+        teacher: Views,
+        student_head: nn.Module | None,
+        teacher_head: nn.Module | None,
+        batch: Batch,
+        step: int,
+        gram: Features | None = None,
+    ) -> Tensor:
+        """Weighted loss of the student's global class tokens."""
+        crops = torch.split(student.globals_.cls, batch.images)
+        return self.weight(step) * torch.stack([self._one(crop) for crop in crops]).sum()
+
+    def _one(self, x: Tensor) -> Tensor:
+        ranks = 1
+        if self.settings.group is not None and dist.is_available() and dist.is_initialized():
+            ranks = ranks_of_group(self.settings.group, len(x), dist.get_world_size())
+        among, first = gather_group(x, ranks)
+        return koleo_loss(x, among, first, self.settings.neighbours)
+
+
+def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Koleo:
+    """The term with its schedule resolved for a run of ``steps``."""
+    return Koleo(settings.model_copy(update={"weight": settings.weight.over(steps)}))

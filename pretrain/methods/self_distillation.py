@@ -1,0 +1,217 @@
+"""Self-distillation as in DINOv3: a student, its moving average as the teacher, and loss terms between their views.
+
+Every further phase of the recipe is a matter of settings: weights to start from, a `gram` term, other crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+import launch.settings
+from launch.settings import choice, plugins
+from pretrain.data.batch import Batch
+from pretrain.loop import Guard
+from pretrain.losses import Term, Views
+from pretrain.methods import States
+from pretrain.models.vit import VitSettings
+from pretrain.models.vit import build as build_vit
+from pretrain.parallel import initialised
+from pretrain.released import Released, ReleasedError, Source, fit, read
+from pretrain.schedule import Schedule
+
+__all__ = ["GramTeacher", "SelfDistillation", "Settings", "build"]
+
+if TYPE_CHECKING:
+    Loss = launch.settings.Settings
+else:
+    Loss = choice("pretrain.losses")
+
+
+class GramTeacher(launch.settings.Settings):
+    """Where the frozen backbone comes from whose patch similarities the student must keep, and when it is renewed."""
+
+    path: Path = Field(description="run folder, checkpoint, export or published file of an earlier run")
+    step: int | None = Field(None, ge=0, description="step of that run's checkpoint; null: its newest")
+    update_every: int = Field(0, ge=0, description="steps between two renewals, a copy of the EMA teacher; 0: none")
+    max_updates: int = Field(0, ge=0, description="renewals at most")
+
+
+class Settings(launch.settings.Settings):
+    """Self-distillation with any set of terms."""
+
+    kind: Literal["self_distillation"] = "self_distillation"
+    momentum: Schedule = Field(Schedule(peak=0.994), description="share of the EMA teacher that stays at each step")
+    terms: dict[str, Loss] = Field(
+        default=cast(Any, {"dino": {}, "ibot": {}, "koleo": {}}),
+        description="loss terms by name; the name is the kind unless one is given; null takes a term of the base away",
+    )
+    gram_teacher: GramTeacher | None = Field(
+        None, description="the Gram teacher; exactly the runs with a gram term have one"
+    )
+
+    @field_validator("terms", mode="before")
+    @classmethod
+    def _name_is_kind(cls, terms: Any) -> Any:
+        if not isinstance(terms, Mapping):
+            return terms
+        return {
+            name: {"kind": name, **term} if isinstance(term, Mapping) else term
+            for name, term in terms.items()
+            if term is not None
+        }
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Settings:
+        if not self.terms:
+            raise ValueError("terms: at least one loss term is needed")
+        gram = [name for name, term in self.terms.items() if getattr(term, "kind", "") == "gram"]
+        if gram and self.gram_teacher is None:
+            raise ValueError(
+                f"terms.{gram[0]} needs a Gram teacher: set gram_teacher.path to the run (and gram_teacher.step) whose "
+                "patch features are to be kept; without one the term would be computed against untrained weights"
+            )
+        if self.gram_teacher is not None and not gram:
+            raise ValueError("gram_teacher is given, but no gram term in terms would use it")
+        return self
+
+
+def build(settings: Settings, *, model: VitSettings, steps: int, guard: Guard) -> SelfDistillation:
+    """Build student, teacher and Gram teacher on torch's default device, for a run of `steps`."""
+    return SelfDistillation(settings, model, steps, guard)
+
+
+class SelfDistillation:
+    """A student learns from its own moving average.
+
+    State-dict keys: {student,teacher}.{backbone,<term>_head}.*, gram_teacher.backbone.*.
+    """
+
+    def __init__(self, settings: Settings, model: VitSettings, steps: int, guard: Guard) -> None:
+        self._settings, self._model, self._steps, self._guard = settings, model, steps, guard
+        self._momentum = settings.momentum.over(steps)
+        self.terms, self.student = self._student()
+        _, self.teacher = self._student()
+        self.teacher.requires_grad_(False).eval()
+        self.gram_teacher: nn.ModuleDict | None = None
+        if any(term.needs_gram for term in self.terms.values()):
+            self.gram_teacher = nn.ModuleDict({"backbone": build_vit(model)})
+            self.gram_teacher.requires_grad_(False).eval()
+        self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def _student(self) -> tuple[dict[str, Term], nn.ModuleDict]:
+        """The terms, and a backbone with the head of each term that has one."""
+        families = plugins("pretrain.losses")
+        backbone = build_vit(self._model)
+        terms: dict[str, Term] = {
+            name: families[cast(Any, term).kind].build(
+                term, dim=backbone.dim, patch_size=backbone.patch_size, steps=self._steps
+            )
+            for name, term in self._settings.terms.items()
+        }
+        heads = {f"{name}_head": term.head for name, term in terms.items() if term.head is not None}
+        return terms, nn.ModuleDict({"backbone": backbone, **heads})
+
+    @property
+    def networks(self) -> Mapping[str, nn.ModuleDict]:
+        """Student, teacher and, with a gram term, Gram teacher."""
+        gram = {"gram_teacher": self.gram_teacher} if self.gram_teacher is not None else {}
+        return {"student": self.student, "teacher": self.teacher, **gram}
+
+    def initial(self, seed: int, source: Source | None, say: Callable[[str], None] = print) -> States:
+        """Weights of a new run: drawn from `seed`, or those of `source`, which may tell teacher from student.
+
+        Heads that the source lacks are drawn. Raises ReleasedError for a source that does not fit.
+        """
+        with torch.device("meta"):
+            _, student = self._student()
+        fresh = {name: initialised(part, seed + number) for number, (name, part) in enumerate(student.items())}
+        states: dict[str, Mapping[str, Mapping[str, Tensor]]] = {"student": fresh, "teacher": fresh}
+        if source is not None:
+            for which in states:
+                found = read(source.path, source.step, which)
+                say(f"{which}:")
+                states[which] = {"backbone": fit(found, self._model, say), **_heads(found, fresh, source, say)}
+        if self.gram_teacher is not None:
+            gram = self._settings.gram_teacher
+            assert gram is not None, "a gram term without a Gram teacher"
+            say("gram teacher:")
+            states["gram_teacher"] = {"backbone": fit(read(gram.path, gram.step), self._model, say)}
+        return states
+
+    def placed(self) -> None:
+        """Pair the parameters of teacher and student, now that sharding has replaced them. Buffers stay as they are."""
+        self._pairs = (list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()])
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Weighted terms of this rank's batch; the teacher sees the global crops whole, the student masked and with the
+        local crops."""
+        with torch.no_grad():
+            teacher = Views(self.teacher["backbone"](batch.global_crops))
+        if batch.local_crops.numel():
+            student = Views(*self.student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None]))
+        else:
+            student = Views(self.student["backbone"](batch.global_crops, batch.masks))
+        gram = None
+        if self.gram_teacher is not None and any(t.needs_gram and t.weight(step) for t in self.terms.values()):
+            with torch.no_grad():
+                gram = self.gram_teacher["backbone"](
+                    batch.global_crops if batch.gram_crops is None else batch.gram_crops
+                )
+        losses: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            if term.head is None and not term.weight(step):
+                losses[name] = student.globals_.cls.new_zeros((), dtype=torch.float32)
+                continue
+            own, twin = (net[f"{name}_head"] if term.head is not None else None for net in (self.student, self.teacher))
+            losses[name] = term.loss(student, teacher, own, twin, batch, step, gram)
+        return losses
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the teacher towards the student, unless the step was skipped; renew the Gram teacher when it is due."""
+        teacher, student = self._pairs
+        weight = (1.0 - self._momentum(step)) * self._guard.keep
+        torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
+        gram = self._settings.gram_teacher
+        if self.gram_teacher is None or gram is None or not gram.update_every:
+            return
+        done = step + 1
+        if done % gram.update_every == 0 and done // gram.update_every <= gram.max_updates:
+            torch._foreach_copy_(list(self.gram_teacher.parameters()), list(self.teacher["backbone"].parameters()))
+
+    def exported(self) -> nn.Module:
+        """The teacher's backbone."""
+        return self.teacher["backbone"]
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the optimizer's: a count of renewals is not needed, the step tells it."""
+        return {name: network.state_dict() for name, network in self.networks.items()}
+
+
+def _heads(
+    found: Released, fresh: Mapping[str, Mapping[str, Tensor]], source: Source, say: Callable[[str], None]
+) -> dict[str, Mapping[str, Tensor]]:
+    """Heads of the source where it has them and they are wanted, else fresh ones."""
+    heads: dict[str, Mapping[str, Tensor]] = {}
+    for name in fresh.keys() - {"backbone"}:
+        theirs = found.heads.get(name)
+        if not source.heads or theirs is None:
+            say(f"  {name}: starts fresh ({'init_from.heads is off' if theirs is not None else 'not in the file'})")
+            heads[name] = fresh[name]
+            continue
+        shapes = {key: tuple(tensor.shape) for key, tensor in fresh[name].items()}
+        given = {key: tuple(tensor.shape) for key, tensor in theirs.items()}
+        if shapes != given:
+            raise ReleasedError(
+                f"{found.path}: {name} has other sizes ({given} instead of {shapes}); give "
+                f"method.terms.{name.removesuffix('_head')}.head the sizes of the earlier run, or set "
+                "init_from.heads=false to start with new heads"
+            )
+        heads[name] = {key: tensor.float() for key, tensor in theirs.items()}
+    return heads

@@ -1,0 +1,163 @@
+"""The parts of a transformer block on a packed stream of tokens, with the parameter names of the released files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.models.attention import Group, offsets, packed_attention
+from pretrain.models.rope import Table, rotate
+
+__all__ = ["Attention", "Block", "KMaskedLinear", "LayerScale", "Mlp", "Packing", "SwiGlu"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a stream are, and the positions of their patches.
+
+    A plain object on purpose: a sharded block casts the tensors among its arguments to its own precision, and would
+    make the angles as coarse as bf16; it does not look in here.
+    """
+
+    groups: tuple[Group, ...]
+    tables: tuple[Table, ...]  # one a group
+
+    def subset(self, counts: list[int]) -> Packing:
+        """The packing of ``counts[g]`` sequences of each group."""
+        groups = tuple(Group(count, group.length) for count, group in zip(counts, self.groups, strict=True))
+        return Packing(groups, self.tables)
+
+
+class KMaskedLinear(nn.Linear):
+    """The q, k, v projection with the k bias held at zero: it would add the same to every score of a query."""
+
+    bias_mask: Tensor  # [3 * dim]: ones, zeros, ones
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 3 * dim)
+        self.register_buffer("bias_mask", torch.full((3 * dim,), torch.nan))
+
+    def init_mask(self) -> None:
+        """Fills the mask; it is part of the architecture, not of what was learnt."""
+        query, key, value = self.bias_mask.chunk(3)
+        query.fill_(1)
+        key.fill_(0)
+        value.fill_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each sequence of the stream."""
+
+    def __init__(self, dim: int, heads: int, *, qkv_bias: bool, mask_k_bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = KMaskedLinear(dim) if qkv_bias and mask_k_bias else nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """Stream [T, D] to stream [T, D]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each [T, heads, head dim]
+        q, k = _rotate(q, packing), _rotate(k, packing)
+        return self.proj(packed_attention(q, k, v, packing.groups).flatten(1))  # type: ignore[no-any-return]
+
+
+def _rotate(x: Tensor, packing: Packing) -> Tensor:
+    parts = torch.split(x, [count * length for count, length in packing.groups])
+    turned = [
+        rotate(torch.unflatten(part, 0, group), table).flatten(0, 1)
+        for part, group, table in zip(parts, packing.groups, packing.tables, strict=True)
+    ]
+    return turned[0] if len(turned) == 1 else torch.cat(turned)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class SwiGlu(nn.Module):
+    """Gated feed-forward; two thirds of ``hidden``, rounded up to ``align``, so that it costs what `Mlp` does."""
+
+    def __init__(self, dim: int, hidden: int, align: int) -> None:
+        super().__init__()
+        hidden = -(-int(hidden * 2 / 3) // align) * align
+        self.w1 = nn.Linear(dim, hidden)
+        self.w2 = nn.Linear(dim, hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))  # type: ignore[no-any-return]
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel of a branch (Touvron et al. 2021), small at first."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + attention, x + feed-forward, each on its normalised input, in training for a random part of the sequences."""
+
+    def __init__(
+        self, dim: int, attn: Attention, mlp: Mlp | SwiGlu, *, eps: float, layerscale: float | None, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.attn = attn
+        self.ls1 = LayerScale(dim, layerscale) if layerscale is not None else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = mlp
+        self.ls2 = LayerScale(dim, layerscale) if layerscale is not None else nn.Identity()
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """Stream [T, D] to stream [T, D]."""
+
+        def attend(tokens: Tensor, kept: Packing) -> Tensor:
+            return self.ls1(self.attn(self.norm1(tokens), kept))  # type: ignore[no-any-return]
+
+        def feed(tokens: Tensor, kept: Packing) -> Tensor:
+            return self.ls2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]
+
+        for branch in (attend, feed):
+            x = self._dropped(x, packing, branch) if self.training and self.drop_path else x + branch(x, packing)
+        return x
+
+    def _dropped(self, x: Tensor, packing: Packing, branch: Callable[[Tensor, Packing], Tensor]) -> Tensor:
+        """Stochastic depth by computing less: the branch runs on a random part of each group and counts for all."""
+        kept, counts, factors = [], [], []
+        for (count, length), start in zip(packing.groups, offsets(packing.groups), strict=False):
+            keep = max(int(count * (1 - self.drop_path)), 1)
+            chosen = torch.randperm(count, device=x.device)[:keep]
+            kept.append((start + chosen[:, None] * length + torch.arange(length, device=x.device)).flatten())
+            counts.append(keep)
+            factors.append(count / keep)
+        tokens = kept[0] if len(kept) == 1 else torch.cat(kept)
+        change = branch(x.index_select(0, tokens), packing.subset(counts)).to(x.dtype)
+        if len(set(factors)) > 1:
+            sizes = [len(part) for part in kept]
+            change = torch.cat(
+                [part * factor for part, factor in zip(torch.split(change, sizes), factors, strict=True)]
+            )
+            return x.index_add(0, tokens, change)
+        return x.index_add(0, tokens, change, alpha=factors[0])

@@ -1,0 +1,120 @@
+"""Where parameters live: sharding over ranks, activation checkpointing and compilation, as plain functions on blocks.
+
+One rank is not wrapped at all. With several, `replicate` keeps a whole copy on each (FSDP2 on a mesh of (ranks, 1):
+every gathering is of one rank's own) and `full` shards parameters, gradients and optimizer state over all. Weights are
+made whole on the CPU, from the seed alone, and then copied to where they live, so any number of ranks and any device
+starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from launch.distributed import World
+from launch.settings import Settings
+
+__all__ = ["ParallelSettings", "compile_blocks", "fill", "initialised", "place", "recompute_blocks", "shard"]
+
+
+class ParallelSettings(Settings):
+    """How the model is spread over ranks and how its blocks are run."""
+
+    sharding: Literal["replicate", "full"] = Field(
+        "replicate", description="full: shard weights over ranks, for models above 1 B parameters"
+    )
+    compile: bool = Field(False, description="compile each block; a minute at the start, for GPUs")
+    recompute: bool = Field(
+        False, description="recompute activations of each block in the backward pass: less memory, a third more time"
+    )
+
+
+def _blocks(part: nn.Module) -> Iterable[nn.Module]:
+    """The transformer blocks of a backbone; none in a head."""
+    blocks = getattr(part, "blocks", ())
+    return blocks if isinstance(blocks, nn.ModuleList) else ()
+
+
+def recompute_blocks(part: nn.Module) -> None:
+    """Keep only the inputs of each block and recompute it in the backward pass; parameter names stay as they are."""
+    for block in _blocks(part):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def compile_blocks(part: nn.Module) -> None:
+    """Compile each block in place: the blocks share one graph, the model around them stays eager."""
+    for block in _blocks(part):
+        block.compile()
+
+
+def shard(parts: nn.ModuleDict, world: World, settings: ParallelSettings, frozen: bool = False) -> None:
+    """Shard each part (backbone, heads) over all ranks, each of its blocks by itself; does nothing with one rank.
+
+    The parts are called one by one, so each is a root; the dict around them is not. A frozen network sees no backward
+    pass after which its shards would be put back, so they are after each forward pass.
+    """
+    if world.size == 1:
+        return
+    mesh = _mesh(world, settings.sharding)
+    reshard = frozen or settings.sharding == "full"
+    for part in parts.values():
+        for block in _blocks(part):
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+
+
+@functools.cache
+def _mesh(world: World, sharding: str) -> DeviceMesh:
+    if sharding == "full":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (world.size, 1), mesh_dim_names=("replicate", "shard"))
+
+
+def initialised(part: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Give the state of `part` (built on the meta device) freshly initialised from `seed`, on the CPU.
+
+    Every number is NaN until `init_weights` writes it, so a forgotten parameter is found here.
+    """
+    part = part.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*part.parameters(), *part.buffers()]:
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        part.init_weights()  # type: ignore[operator]
+    state = part.state_dict()
+    forgotten = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isnan().any()]
+    assert not forgotten, f"init_weights of {type(part).__name__} leaves {forgotten} unset"
+    return state
+
+
+def place(part: nn.Module, device: torch.device) -> None:
+    """Give a module that is on the meta device memory on `device`, all NaN until `fill`."""
+    part.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in [*part.parameters(), *part.buffers()]:
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+
+
+@torch.no_grad()
+def fill(part: nn.Module, state: Mapping[str, Any]) -> None:
+    """Copy whole tensors into a module, sharded or not; every rank brings all of `state`, with the module's keys."""
+    own = part.state_dict()
+    assert own.keys() == state.keys(), f"keys differ: {sorted(own.keys() ^ state.keys())}"
+    for name, tensor in own.items():
+        whole = state[name].to(tensor.device, tensor.dtype)
+        if isinstance(tensor, DTensor):
+            tensor.copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None))
+        else:
+            tensor.copy_(whole)

@@ -1,0 +1,136 @@
+"""Values that change over a run: learning rate, weight decay, temperatures, momentum, loss weights.
+
+Everything is counted in steps of this run. A plain number where a schedule is asked for is a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_serializer, model_validator
+from pydantic.functional_validators import AfterValidator
+
+from launch.settings import Settings
+
+__all__ = ["Schedule", "Schedules", "scale_lr"]
+
+
+def _steps_or_share(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError(f"give whole steps, or a share of the run between 0 and 1; got {value}")
+    return value
+
+
+Length = Annotated[float, Field(ge=0), AfterValidator(_steps_or_share)]
+
+
+class Schedule(Settings):
+    """Zero while frozen, then linear from ``start`` to ``peak``, then half a cosine from ``peak`` to ``end``, then
+    ``end``.
+
+    Lengths are steps, or below 1 a share of the run. ``form`` tells apart the two families of DINOv3's settings, which
+    differ at the ends of their pieces: in ``v2`` the warm-up stops short of the peak by one increment and the cosine
+    reaches ``end``; in ``v1`` the warm-up reaches the peak and the cosine stops short of ``end``.
+    """
+
+    peak: float = Field(description="value after the warm-up")
+    start: float = Field(0.0, description="value at the first step of the warm-up")
+    end: float | None = Field(None, description="value after the cosine; null: peak")
+    freeze: Length = Field(0, description="first steps at zero, before the warm-up")
+    warmup: Length = Field(0, description="steps from start to peak")
+    cosine: Length | None = Field(None, description="steps from peak to end; null: the rest of the run")
+    truncate: float = Field(
+        0.0, ge=0, description="v1: the cosine is longer by this share, cut to length and stretched to end"
+    )
+    form: Literal["v1", "v2"] = Field("v2", description="which family of DINOv3's schedules")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_is_constant(cls, data: Any) -> Any:
+        return {"peak": data} if isinstance(data, int | float | str) and not isinstance(data, bool) else data
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Schedule:
+        if self.truncate and self.form != "v1":
+            raise ValueError("truncate belongs to form: v1")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _constant_is_number(self, handler: Any) -> Any:
+        values = handler(self)
+        defaults = {name: field.default for name, field in type(self).model_fields.items() if name != "peak"}
+        return self.peak if all(values[name] == default for name, default in defaults.items()) else values
+
+    def over(self, steps: int) -> Schedule:
+        """The same schedule with every length in whole steps, for a run of ``steps``."""
+
+        def whole(length: float) -> int:
+            return round(length * steps) if length < 1 else int(length)
+
+        freeze, warmup = whole(self.freeze), whole(self.warmup)
+        cosine = max(steps - freeze - warmup, 0) if self.cosine is None else whole(self.cosine)
+        return self.model_copy(update={"freeze": freeze, "warmup": warmup, "cosine": cosine})
+
+    def __call__(self, step: int) -> float:
+        """The value at ``step``; a share of the run, or its rest, needs `over` first."""
+        end = self.peak if self.end is None else self.end
+        freeze, warmup = self._whole(self.freeze), self._whole(self.warmup)
+        if step < freeze:
+            return 0.0
+        step -= freeze
+        if step < warmup:
+            intervals = warmup if self.form == "v2" else max(warmup - 1, 1)
+            return self.start + (self.peak - self.start) * step / intervals
+        if end == self.peak:
+            return end
+        step, cosine = step - warmup, self._whole(self.cosine)
+        if step >= cosine:
+            return end
+        if self.form == "v2":
+            return _half_cosine(self.peak, end, step / max(cosine - 1, 1))
+        if not self.truncate:
+            return _half_cosine(self.peak, end, step / cosine)
+        return _truncated(self.peak, end, step, cosine, self.truncate)
+
+    @staticmethod
+    def _whole(length: float | None) -> int:
+        if length is None or 0 < length < 1:
+            raise ValueError("this schedule depends on the length of the run; resolve it with over(steps)")
+        return int(length)
+
+
+def _half_cosine(first: float, last: float, share: float) -> float:
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _truncated(first: float, last: float, step: int, steps: int, extra: float) -> float:
+    """The first ``steps`` of a cosine longer by ``extra``, stretched so that the last of them is ``last``."""
+    intervals = max(int((1 + extra) * steps) - 1, 1)
+    tail = (1 + math.cos(math.pi * (steps - 1) / intervals)) / 2
+    share = ((1 + math.cos(math.pi * step / intervals)) / 2 - tail) / (1 - tail)
+    return last + (first - last) * share
+
+
+def scale_lr(lr: float, batch: int, rule: Literal["none", "sqrt_wrt_1024"]) -> float:
+    """The learning rate for ``batch`` images a step on all ranks together; DINOv3's rule is 4 lr sqrt(batch / 1024)."""
+    return lr * 4 * math.sqrt(batch / 1024) if rule == "sqrt_wrt_1024" else lr
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """What the optimizer's groups get at each step."""
+
+    lr: Schedule
+    weight_decay: Schedule
+    freeze_last_layer: int = 0  # first steps in which the prototypes of the heads have learning rate zero
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Sets learning rate and weight decay of every group, by the group's own multipliers."""
+        lr, decay = self.lr(step), self.weight_decay(step)
+        for group in optimizer.param_groups:
+            frozen = group["is_last_layer"] and step < self.freeze_last_layer
+            group["lr"] = 0.0 if frozen else lr * group["lr_multiplier"]
+            group["weight_decay"] = decay * group["wd_multiplier"]

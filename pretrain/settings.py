@@ -1,0 +1,86 @@
+"""The settings of `axial pretrain`: one group for each part, which gets its group and nothing else."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pydantic import Field, model_validator
+
+import launch.settings
+from launch.settings import choice
+from pretrain.checkpoint import CheckpointSettings
+from pretrain.data.stream import DataSettings
+from pretrain.loop import LoopSettings
+from pretrain.models.vit import VitSettings
+from pretrain.optim import OptimSettings
+from pretrain.parallel import ParallelSettings
+from pretrain.released import Source
+
+__all__ = ["LogSettings", "Settings"]
+
+if TYPE_CHECKING:
+    MethodSettings = launch.settings.Settings
+else:
+    MethodSettings = choice("pretrain.methods")
+
+
+class LogSettings(launch.settings.Settings):
+    """What is said of a run, and how often."""
+
+    every: int = Field(10, ge=1, description="steps between two lines; the device is read only then")
+    tensorboard: bool = Field(True, description="write TensorBoard files into the run folder")
+
+
+class Settings(launch.settings.Settings):
+    """Pretraining of a backbone on a corpus."""
+
+    folder: Path = Field(description="run folder: settings, checkpoints, metrics")
+    steps: int = Field(gt=0, description="optimizer steps of the run; schedules are relative to it")
+    seed: int = Field(
+        0, ge=0, description="seed of the weights and of every draw on the device; data.seed is the data's"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="bf16: matrix products in bfloat16; weights and losses stay fp32"
+    )
+    init_from: Source | None = Field(
+        None, description="weights to start from, for student and teacher; null: fresh ones"
+    )
+    model: VitSettings = Field(VitSettings(), description="the backbone")
+    method: MethodSettings = Field(
+        default=cast(Any, {"kind": "self_distillation"}), description="what is learnt, with its loss terms"
+    )
+    data: DataSettings = Field(description="the corpus and what is made of its slices")
+    optim: OptimSettings = Field(OptimSettings(), description="optimizer and its schedules")
+    parallel: ParallelSettings = Field(ParallelSettings(), description="sharding, compilation, recomputation")
+    checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="when checkpoints are written and kept")
+    log: LogSettings = Field(LogSettings(), description="lines, metrics.jsonl, TensorBoard")
+    clip: float = Field(
+        3.0, ge=0, description="largest gradient norm, of backbone and each head on its own; 0: no clipping"
+    )
+    gc_every: int = Field(
+        150, ge=1, description="steps between two garbage collections, at the same steps on all ranks"
+    )
+    max_bad: int = Field(
+        5, ge=1, description="steps in a row that may be skipped because a loss or gradient is not finite"
+    )
+
+    @model_validator(mode="after")
+    def _crops_are_whole_patches(self) -> "Settings":
+        try:
+            self.data.crops.check_patches(self.model.patch_size)
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from None
+        return self
+
+    @property
+    def loop(self) -> LoopSettings:
+        """What the loop needs of them."""
+        return LoopSettings(
+            steps=self.steps,
+            seed=self.seed,
+            precision=self.precision,
+            clip=self.clip,
+            log_every=self.log.every,
+            gc_every=self.gc_every,
+            max_bad=self.max_bad,
+        )

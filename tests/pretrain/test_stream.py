@@ -1,0 +1,268 @@
+"""The stream: order, resume, workers, ranks, corrupt slices, both places to make crops, settings that do not fit."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from data_curation.corpus import CorpusError
+from pretrain.data.batch import Batch, sample_order
+from pretrain.data.crops import CropSettings, CropShape
+from pretrain.data.masks import MaskSettings
+from pretrain.data.stream import Batches, DataSettings, Slices, StreamError, batches
+
+CROPS = CropSettings(global_size=32, local_size=16, n_local=2)
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Phantoms:
+    """Slices of various sizes whose first pixel is their number; those in `bad` cannot be read."""
+
+    length: int
+    bad: frozenset[int] = frozenset()
+    slow: float = 0.0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def hu(self, i: int, /) -> NDArray[np.int16]:
+        if self.slow:
+            time.sleep(self.slow * (i % 3))  # workers finish out of order
+        if i in self.bad:
+            raise CorpusError(f"shard-{i // 10:06d}.tar, sample slice-{i}: checksum differs")
+        hu = np.random.default_rng(i).integers(-1000, 1000, (20 + i % 7, 30 - i % 5), dtype=np.int16)
+        hu[0, 0] = i
+        return hu
+
+    def key(self, i: int, /) -> str:
+        return f"slice-{i}"
+
+
+def settings(**changes: object) -> DataSettings:
+    values: dict[str, object] = {"corpus": Path("corpus"), "batch_size": 4, "workers": 0, "crops": CROPS, "seed": 3}
+    return DataSettings.model_validate(values | changes)
+
+
+def stream(corpus: Slices, data: DataSettings, start: int = 0, world: World = World(), channels: int = 1) -> Batches:
+    return batches(data, world=world, patch_size=16, in_channels=channels, start=start, corpus=corpus)
+
+
+def take(corpus: Slices, data: DataSettings, n: int, start: int = 0, world: World = World()) -> list[Batch]:
+    made = stream(corpus, data, start, world)
+    try:
+        return [next(made) for _ in range(n)]
+    finally:
+        made.close()
+
+
+def same(first: Batch, second: Batch) -> bool:
+    a, b = first.tensors(), second.tensors()
+    return first.keys == second.keys and a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 1000, 12345])
+def test_every_epoch_is_a_permutation_of_its_own(length: int) -> None:
+    epochs = sample_order(np.arange(3 * length), length, seed=0).reshape(3, length)
+    assert (np.sort(epochs, 1) == np.arange(length)).all()
+    if length > 10:
+        assert (epochs[0] != epochs[1]).any()
+        assert (epochs[0] != sample_order(np.arange(length), length, seed=1)).any()
+
+
+def test_the_order_looks_random() -> None:
+    length = 5000
+    order = sample_order(np.arange(20 * length), length, seed=0).reshape(20, length)
+    steps = np.diff(order) % length
+    counts = np.histogram(steps, bins=50, range=(0, length))[0]
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 100  # chi-square of 49 degrees of freedom
+    halves = (order[:, : length // 2] < length // 2).mean()
+    assert halves == pytest.approx(0.5, abs=0.01)
+    assert abs(np.corrcoef(order[0], order[1])[0, 1]) < 0.06
+    small = np.stack([sample_order(np.arange(e * 4, e * 4 + 4), 4, seed=0) for e in range(2400)])
+    _, tally = np.unique(small, axis=0, return_counts=True)
+    assert len(tally) == 24
+    assert ((tally - 100) ** 2 / 100).sum() < 60  # all 24 orders of 4, 23 degrees of freedom
+
+
+def test_the_order_needs_no_memory_and_little_time() -> None:
+    positions = np.arange(512, dtype=np.int64) + 10**12
+    start = time.process_time()
+    order = sample_order(positions, 3_868_833, seed=0)
+    assert time.process_time() - start < 0.1
+    assert len(np.unique(order)) == 512
+    assert order.max() < 3_868_833
+
+
+def test_a_batch_has_the_agreed_layout() -> None:
+    corpus = Phantoms(50)
+    batch = take(corpus, settings(), 1)[0]
+    assert batch.images == len(batch.keys) == 4
+    assert batch.keys == tuple(f"slice-{i}" for i in sample_order(np.arange(4), 50, 3))
+    assert batch.global_crops.shape == (8, 1, 32, 32)
+    assert batch.local_crops.shape == (8, 1, 16, 16)
+    assert batch.gram_crops is None
+    assert batch.masks.shape == (8, 4)
+    assert {t.dtype for t in batch.tensors().values()} == {torch.float32, torch.bool, torch.int64}
+    moved = batch.to("meta")
+    assert {t.device.type for t in moved.tensors().values()} == {"meta"}
+    assert moved.keys == batch.keys
+
+
+def test_crop_major_order() -> None:
+    """Rows [k*B, (k+1)*B) are crop k of the images, for global, local and Gram crops: seen on flat slices."""
+
+    class Flat(Phantoms):
+        def hu(self, i: int, /) -> NDArray[np.int16]:
+            return np.full((40, 40), i, np.int16)
+
+    data = settings(crops=CropSettings(global_size=32, local_size=16, gram_size=48, n_local=3))
+    for place in ("workers", "device"):
+        batch = take(Flat(50), data.model_copy(update={"crop_on": place}), 1)[0]
+        expected = torch.tensor([float(key.split("-")[1]) for key in batch.keys])
+        assert batch.gram_crops is not None
+        for crops, n in ((batch.global_crops, 2), (batch.local_crops, 3), (batch.gram_crops, 2)):
+            values = crops.mean((1, 2, 3)) * data.window.std + data.window.mean
+            torch.testing.assert_close(values, expected.repeat(n), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("place", ["workers", "device"])
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_change_nothing(place: str, start_method: str) -> None:
+    data = settings(crop_on=place)
+    expected = take(Phantoms(30), data, 6)
+    busy = data.model_copy(update={"workers": 2, "start_method": start_method})
+    got = take(Phantoms(30, slow=0.002), busy, 6)
+    assert all(same(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_resume_at_any_step() -> None:
+    whole = take(Phantoms(11), settings(), 9)
+    for start in (1, 4, 8):
+        assert all(
+            same(a, b) for a, b in zip(take(Phantoms(11), settings(), 9 - start, start), whole[start:], strict=True)
+        )
+    assert not same(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_other_ranks_continue_the_same_order(ranks: int) -> None:
+    data = settings(batch_size=8, masks=MaskSettings(group=2))
+    for step in (0, 5):
+        whole = take(Phantoms(30), data, 1, step)[0]
+        parts = [take(Phantoms(30), data, 1, step, World(rank, ranks))[0] for rank in range(ranks)]
+        assert whole.keys == tuple(key for part in parts for key in part.keys)
+        for name, n in (("global_crops", 2), ("local_crops", 2), ("masks", 2)):
+            per_image = [getattr(part, name).unflatten(0, (n, -1)) for part in parts]
+            assert getattr(whole, name).equal(torch.cat(per_image, 1).flatten(0, 1)), name
+
+
+def test_both_places_make_the_same_batch() -> None:
+    data = settings(crops=CROPS.model_copy(update={"gram_size": 48}))
+    workers, device = (
+        take(Phantoms(30), data.model_copy(update={"crop_on": place}), 2) for place in ("workers", "device")
+    )
+    for a, b in zip(workers, device, strict=True):
+        assert a.keys == b.keys
+        for name, tensor in a.tensors().items():
+            torch.testing.assert_close(tensor, b.tensors()[name], atol=1e-4, rtol=0)
+
+
+def test_three_channels_repeat_the_one() -> None:
+    one, three = (next(stream(Phantoms(9), settings(), channels=channels)) for channels in (1, 3))
+    assert three.global_crops.shape == (8, 3, 32, 32)
+    assert three.global_crops.is_contiguous()
+    assert three.local_crops.equal(one.local_crops.repeat(1, 3, 1, 1))
+
+
+def test_a_step_has_one_shape_on_all_ranks() -> None:
+    mix = tuple(CropShape(global_size=g, local_size=16, gram_size=g, probability=0.5) for g in (32, 64))
+    data = settings(crops=CropSettings(mix=mix, n_local=1))
+    ranks = [take(Phantoms(30), data, 12, 0, World(rank, 2)) for rank in range(2)]
+    shapes = [[batch.global_crops.shape for batch in rank] for rank in ranks]
+    assert shapes[0] == shapes[1]
+    assert len(set(shapes[0])) == 2
+    assert {batch.masks.shape[1] for batch in ranks[0]} == {4, 16}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_slices_are_named_counted_and_replaced(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    corpus = Phantoms(30, bad=frozenset({2, 3, 25}))
+    with caplog.at_level(logging.WARNING):
+        made = stream(corpus, settings(batch_size=5, workers=workers))
+        got = [next(made) for _ in range(6)]
+        made.close()
+    order = sample_order(np.arange(60), 30, 3).tolist()
+    expected = [next(i for i in order[p:] if i not in corpus.bad) for p in range(30)]
+    assert [key for batch in got for key in batch.keys] == [f"slice-{i}" for i in expected]
+    assert made.unreadable["shard-000000.tar"] >= 2
+    assert made.unreadable.total() == sum(len(batch.replaced) for batch in got)
+    assert sum("said once a shard" in record.message for record in caplog.records) == 2
+    assert "sample slice-25: checksum differs" in caplog.text
+    again = take(corpus, settings(batch_size=5), 6)
+    assert all(same(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_unreadable_slices_stop_the_run(workers: int) -> None:
+    corpus = Phantoms(30, bad=frozenset(range(30)))
+    with pytest.raises(
+        StreamError, match=r"4 slices in a row.*shard-00000\d\.tar, sample slice-\d+: checksum"
+    ) as error:
+        take(corpus, settings(workers=workers, max_unreadable=3), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_corpus_smaller_than_a_batch_repeats_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    batch = take(Phantoms(3), settings(batch_size=6), 1)[0]
+    assert "3 slices, fewer than the 6 of a batch" in caplog.text
+    assert sorted(batch.keys) == sorted(f"slice-{i}" for i in (0, 1, 2) * 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "message"),
+    [
+        ({"batch_size": 10}, World(0, 4), "data.batch_size: 10 cannot be divided over 4 ranks; 8 can"),
+        ({"batch_size": 2}, World(0, 4), "batch_size: 2 cannot be divided over 4 ranks; 4 can"),
+        ({"masks": MaskSettings(group=3)}, World(), "data.masks.group: 3 does not divide the 4 images of a rank"),
+        ({"crops": CropSettings(global_size=40)}, World(), "data.crops.global_size: 40 is not a multiple of the patch"),
+        ({"crops": CropSettings(gram_size=500)}, World(), "gram_size: 500"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, object], world: World, message: str) -> None:
+    with pytest.raises(StreamError, match=message):
+        stream(Phantoms(9), settings(**changes), world=world)
+
+
+def test_channels_and_empty_corpora_are_refused() -> None:
+    with pytest.raises(StreamError, match="in_channels: 2"):
+        stream(Phantoms(9), settings(), channels=2)
+    with pytest.raises(StreamError, match="no slice in split 'train'"):
+        stream(Phantoms(0), settings())
+
+
+def test_torchs_random_state_is_left_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(Phantoms(9), settings(workers=1), 2)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_batches_and_errors_survive_pickling() -> None:
+    batch = take(Phantoms(9), settings(), 1)[0]
+    assert same(pickle.loads(pickle.dumps(batch)), batch)
+    assert str(pickle.loads(pickle.dumps(StreamError("text")))) == "text"
