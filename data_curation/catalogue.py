@@ -219,7 +219,9 @@ def cases(name: str, root: Path) -> tuple[list[Case], list[tuple[str, str, str]]
         raise CatalogueError(_nothing(dataset, root, refused, skipped))
     for ending, count in sorted(skipped.items()):
         kind = f"*{ending}" if ending.startswith(".") else ending
-        refused.append((kind, "not_image", f"{count} file(s) of a kind that holds no CT volume"))
+        refused.append(
+            (kind, "not_image", f"{count} file(s) of a kind that is not read: NIfTI, NRRD, MetaImage and DICOM are")
+        )
     return _below(kept, refused, inner.relative_to(root).as_posix())
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_curation.index import CorpusError, read_index
-from data_curation.slices import Slice, SliceError, decode
+from data_curation.slices import Slice, SliceError, checksum, decode
 
 __all__ = ["Corpus", "CorpusError"]
 
@@ -43,10 +43,10 @@ class Corpus:
         index = read_index(self.folder, ["shard", "offset", "size", "crc32", "codec", "split", "duplicate"])
         chosen = np.ones(len(index), bool)
         if self.split is not None:
-            splits = index["split"].to_numpy()
-            if len(index) and self.split not in (known := sorted(set(splits))) and self.split not in ("train", "val"):
-                raise CorpusError(f"{self.folder} has no split {self.split!r}; it has: {', '.join(known)}")
-            chosen &= splits == self.split
+            known = pc.unique(index["split"]).to_pylist()
+            if self.split not in (*known, "train", "val"):
+                raise CorpusError(f"{self.folder} has no split {self.split!r}; it has: {', '.join(sorted(known))}")
+            chosen &= pc.equal(index["split"], self.split).to_numpy()
         if not self.duplicates:
             chosen &= ~index["duplicate"].to_numpy()
         self._rows = np.flatnonzero(chosen)
@@ -77,7 +77,7 @@ class Corpus:
             hu = decode(data, self._codecs[self._codec[i]])
         except SliceError as error:
             raise CorpusError(f"{self._place(i)}: {error}") from None
-        if self.verify and Slice(0, hu, 0.0).sha256 != self._column("sha256")[i]:
+        if self.verify and Slice(0, hu, 0.0).sha256 != self._column("sha256")[i].as_py():
             raise CorpusError(f"{self._place(i)}: the decoded pixels are not those that were curated")
         return hu
 
@@ -94,7 +94,7 @@ class Corpus:
             raise CorpusError(
                 f"{self._place(i)}: the shard is cut short, {offset + size} bytes needed, {end} there; {_REMEDY}"
             )
-        if zlib.crc32(data) != self._crc[i]:
+        if checksum(data) != self._crc[i]:
             raise CorpusError(f"{self._place(i)}: the stored bytes are damaged (checksum differs); {_REMEDY}")
         return data
 
@@ -108,11 +108,11 @@ class Corpus:
 
     def key(self, i: int) -> str:
         """Name of slice i, the same in every copy of the corpus."""
-        return str(self._column("key")[i])
+        return str(self._column("key")[i].as_py())
 
     def dataset(self, i: int) -> str:
         """Data set of slice i, as named in the curation's settings."""
-        return str(self._column("dataset")[i])
+        return str(self._column("dataset")[i].as_py())
 
     def _column(self, name: str) -> Any:
         """One column of the chosen rows, read on first use; text stays in Arrow's compact form."""
@@ -149,7 +149,7 @@ class _File:
             os.close(self.descriptor)
 
 
-_REMEDY = "run the same `axial curate` again or copy the shard again"
+_REMEDY = "copy the shard again, or delete it and run the same `axial curate` again"
 
 
 def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int32]]:

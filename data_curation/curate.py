@@ -6,42 +6,37 @@ command may be killed at any moment; run again, it goes on and ends with the sam
 
 from __future__ import annotations
 
-import csv
 import errno
 import fcntl
 import hashlib
-import io
 import json
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from data_curation.aside import aside, sweep, write_parquet
+from data_curation.accounts import Listed, Refused, count, summary, write_corpus, write_refused, write_sources
+from data_curation.aside import sweep
 from data_curation.catalogue import CATALOGUE, Case, cases
 from data_curation.checks import Limits
-from data_curation.index import INDEX, fingerprint, merge
+from data_curation.index import INDEX, merge
 from data_curation.plan import Candidate, Plan, PlanRules, plan
 from data_curation.pool import each, workers_for
-from data_curation.scan import SCAN, Scan, ScanTask, contents, read_scan, scan, spool_path, stamp
+from data_curation.scan import SCAN, Scan, ScanTask, contents, has_spool, read_scan, scan, spool_path, stamp
 from data_curation.shards import is_written, write_shard
 from data_curation.slices import CODECS, DEFAULT_CODEC, SliceRule
-from launch.progress import Progress, duration, rate
+from launch.progress import Progress
 from launch.run import Outcome
 from launch.settings import Settings as Base
 
 __all__ = ["CurateError", "Settings", "Source", "Splits", "dry_run", "main"]
 
-REFUSED = pa.schema([(name, pa.string()) for name in ("dataset", "source", "reason", "detail")])
+SHARDS_A_WORKER = 8  # a process that writes imports webdataset, hence torch: seconds, where a shard takes one
 
 
 class CurateError(ValueError):
@@ -106,21 +101,11 @@ class Settings(Base):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        names = Counter(source.id or source.name for source in self.datasets)
+        names = Counter(_id(source) for source in self.datasets)
         twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise ValueError(f"two data sets are called {', '.join(twice)}: give each its own `id:`")
         return self
-
-
-@dataclass(frozen=True)
-class Refused:
-    """One line of refused.csv."""
-
-    dataset: str
-    source: str
-    reason: str
-    detail: str
 
 
 def dry_run(settings: Settings) -> str:
@@ -128,7 +113,7 @@ def dry_run(settings: Settings) -> str:
     tasks, refused = _gather(settings)
     lines = []
     for source in settings.datasets:
-        name = source.id or source.name
+        name = _id(source)
         mine = [task for task in tasks if task.dataset == name]
         out = sum(1 for task in mine if not task.spool)
         lines.append(
@@ -152,7 +137,7 @@ def main(settings: Settings) -> Outcome:
         scans = _scan_all(folder, tasks, workers)
         planned = _plan(settings, folder, tasks, scans, refused)
         _write_all(folder, planned, tasks, scans, workers)
-        return _finish(settings, tasks, scans, planned, refused, time.monotonic() - start)
+        return _finish(settings, tasks, planned, refused, time.monotonic() - start)
 
 
 @contextmanager
@@ -175,9 +160,9 @@ def _gather(settings: Settings) -> tuple[list[ScanTask], list[Refused]]:
     for source in settings.datasets:
         root = source.root.expanduser()
         if not root.is_dir():
-            raise CurateError(f"data set {source.id or source.name}: {root} is not a folder on this machine")
+            raise CurateError(f"data set {_id(source)}: {root} is not a folder on this machine")
     for source in settings.datasets:
-        name = source.id or source.name
+        name = _id(source)
         found, ruled_out = cases(source.name, source.root.expanduser())
         refused += [Refused(name, *one) for one in ruled_out]
         for case in found:
@@ -192,9 +177,9 @@ def _gather(settings: Settings) -> tuple[list[ScanTask], list[Refused]]:
 
 
 def _task(settings: Settings, source: Source, case: Case) -> ScanTask:
-    name = source.id or source.name
+    name = _id(source)
     spool = settings.include_held_out or not case.held_out
-    licence = source.licence or CATALOGUE[source.name].licence
+    licence = _licence(source)
     identity = (case.patient, case.study, case.series)
     patient, study, volume = (_hashed(settings, name, *identity[:depth]) for depth in (1, 2, 3))
     rules = (licence, case.held_out, spool, settings.limits, settings.slices, settings.codec, volume)
@@ -282,11 +267,11 @@ def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: di
     for path in stale:
         path.unlink()
     uses = Counter(part.volume for shard in missing for part in shard.parts)
-    again = [task for task in tasks if uses[task.volume] and not _has_spool(folder, scans[task.volume], task.volume)]
-    _scan(folder, again, scans, workers)  # the spools of earlier shards are gone; the scan gives the same bytes again
+    _restore(folder, [task for task in tasks if uses[task.volume]], scans, workers)
     if missing:
+        writers = min(workers, 1 + len(missing) // SHARDS_A_WORKER)
         with Progress(sum(shard.slices for shard in missing), "write", "slices") as bar:
-            for shard, _ in each(partial(write_shard, folder), missing, workers, lambda shard: shard.name):
+            for shard, _ in each(partial(write_shard, folder), missing, writers, lambda shard: shard.name):
                 bar.advance(shard.slices)
                 for part in shard.parts:
                     uses[part.volume] -= 1
@@ -296,104 +281,43 @@ def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: di
         path.unlink()
 
 
-def _has_spool(folder: Path, verdict: Scan, volume: str) -> bool:
-    try:
-        return spool_path(folder, volume).stat().st_size == verdict.spool_bytes
-    except FileNotFoundError:
-        return False
+def _restore(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> None:
+    """Scans once more what a missing shard needs and whose spool went when its earlier shard was there."""
+    gone = [task for task in tasks if not has_spool(folder, task.volume, scans[task.volume])]
+    second: dict[str, Scan] = {}
+    _scan(folder, gone, second, workers)
+    for task in gone:
+        if second[task.volume] != scans[task.volume]:
+            text = second[task.volume].detail or "other slices"
+            raise CurateError(f"{_named(task)} changed while it was in work ({text}): run the same command again")
 
 
 def _finish(
-    settings: Settings,
-    tasks: Sequence[ScanTask],
-    scans: dict[str, Scan],
-    planned: Plan,
-    refused: list[Refused],
-    took: float,
+    settings: Settings, tasks: Sequence[ScanTask], planned: Plan, refused: list[Refused], took: float
 ) -> Outcome:
     """Index, lists and the summary."""
     folder = settings.folder
-    order = {source.id or source.name: position for position, source in enumerate(settings.datasets)}
-    refused.sort(key=lambda one: (order[one.dataset], one.source, one.reason))
-    table = [vars(one) for one in refused]
-    write_parquet(folder / "refused.parquet", pa.Table.from_pylist(table, REFUSED))
-    _write_csv(folder / "refused.csv", REFUSED.names, [list(one.values()) for one in table])
-    identities = [
-        [task.volume, task.dataset, task.case.source, task.case.patient, task.case.study, task.case.series]
-        for task in tasks
-    ]
-    _write_csv(
-        folder / "private" / "sources.csv", ["volume", "dataset", "source", "patient", "study", "series"], identities
-    )
+    order = [_id(source) for source in settings.datasets]
+    refused.sort(key=lambda one: (order.index(one.dataset), one.source, one.reason))
+    write_refused(folder, refused)
+    named = [(task, task.case) for task in tasks]
+    write_sources(folder, [(t.volume, t.dataset, c.source, c.patient, c.study, c.series) for t, c in named])
     index = merge(folder, [shard.name for shard in planned.shards])
-    facts = _facts(settings, index, refused)
-    with aside(folder / "corpus.json") as file:
-        file.write(json.dumps(facts, indent=1).encode() + b"\n")
-    print(_summary(facts, took), flush=True)
+    datasets = [Listed(_id(source), source.name, _licence(source)) for source in settings.datasets]
+    facts = count(index, datasets, refused)
+    rules = settings.model_dump(mode="json", include={"limits", "slices", "duplicates", "include_held_out", "codec"})
+    write_corpus(folder, {**facts, "rules": rules, "seed": settings.seed})
+    print(summary(facts, took), flush=True)
     if not len(index):
         return Outcome((), (f"every file was refused: read {folder / 'refused.csv'}",), ok=False)
-    slices, size = facts["slices"], facts["bytes"] / 1e6
-    made = (
-        f"{folder}: {slices:,} slices of {facts['volumes']:,} volumes in {len(planned.shards)} shards, {size:,.1f} MB"
-    )
+    what = f"{facts['slices']:,} slices of {facts['volumes']:,} volumes in {len(planned.shards)} shards"
+    made = f"{folder}: {what}, {facts['bytes'] / 1e6:,.1f} MB"
     return Outcome((made,), (f"axial report folder={folder}", f"axial pretrain CONFIG.yaml data.corpus={folder}"))
 
 
-def _write_csv(path: Path, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([names, *rows])
-    with aside(path) as file:
-        file.write(text.getvalue().encode())
+def _id(source: Source) -> str:
+    return source.id or source.name
 
 
-def _facts(settings: Settings, index: pa.Table, refused: Sequence[Refused]) -> dict[str, Any]:
-    """corpus.json: what one may publish beside the shards. No path, no salt, no time."""
-    volumes = dict(zip(index["volume"].to_pylist(), index["dataset"].to_pylist(), strict=True))
-    slices, kept = Counter(index["dataset"].to_pylist()), Counter(volumes.values())
-    packages = ("axial-ct", "SimpleITK", "imagecodecs", "numpy", "pyarrow", "webdataset")
-    return {
-        "fingerprint": fingerprint(index),
-        "slices": len(index),
-        "volumes": len(volumes),
-        "patients": len(set(index["patient"].to_pylist())),
-        "bytes": sum(index["size"].to_pylist()),
-        "duplicate_slices": sum(index["duplicate"].to_pylist()),
-        "splits": dict(sorted(Counter(index["split"].to_pylist()).items())),
-        "datasets": {
-            name: {
-                "catalogue": source.name,
-                "licence": source.licence or CATALOGUE[source.name].licence,
-                "volumes": kept[name],
-                "slices": slices[name],
-                "refused": dict(sorted(Counter(one.reason for one in refused if one.dataset == name).items())),
-            }
-            for source in settings.datasets
-            for name in [source.id or source.name]
-        },
-        "rules": settings.model_dump(
-            mode="json", include={"limits", "slices", "duplicates", "include_held_out", "codec"}
-        ),
-        "seed": settings.seed,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _summary(facts: dict[str, Any], took: float) -> str:
-    lines = [f"{'data set':24}{'kept':>8}{'slices':>12}  refused"]
-    for name, one in facts["datasets"].items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in one["refused"].items()) or "none"
-        lines.append(f"{name:24}{one['volumes']:>8,}{one['slices']:>12,}  {reasons}")
-    splits = ", ".join(f"{name} {count:,}" for name, count in facts["splits"].items())
-    lines.append(
-        f"slices: {splits}; {facts['duplicate_slices']:,} seen before; fingerprint {facts['fingerprint'][:16]}"
-    )
-    lines.append(f"{duration(took)}, {rate(facts['slices'] / max(took, 1e-9))} slices/s")
-    return "\n".join(lines)
+def _licence(source: Source) -> str:
+    return source.licence or CATALOGUE[source.name].licence

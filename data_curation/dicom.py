@@ -156,7 +156,7 @@ def _judge(tags: Mapping[str, str], header: Header, components: int) -> tuple[st
     kind = "\\".join(words)
     if what := _what(sop):
         return "not_image", f"{what} (modality {modality or 'unknown'}), not a CT image"
-    if sop.startswith(_SECONDARY_CAPTURE):
+    if sop == _SECONDARY_CAPTURE or sop.startswith(_SECONDARY_CAPTURE + "."):
         return "screen_save", f"a secondary capture ({kind}), not what the scanner measured: leave it out"
     if modality != "CT":
         return "not_ct", f"modality {modality or 'unknown'}, not CT: leave it out"
@@ -311,8 +311,12 @@ def load(files: Sequence[Path]) -> Grid:
 
 
 def _multi_frame(image: Any) -> Grid:
+    """Enhanced CT. Frames that are shuffled or unevenly spaced reach us as stored, with 1 x 1 x 1 mm for a sign."""
     if image.GetDimension() != 3 or image.GetSize()[2] < 2:
         raise VolumeError("single_slice", "one slice is not a volume: leave it out")
+    if tuple(image.GetSpacing()) == (1.0, 1.0, 1.0):
+        text = f"{image.GetSize()[2]} frames that are not in order at even distances: write them as single-frame files"
+        raise VolumeError("not_a_volume", text)
     return from_image(image)
 
 

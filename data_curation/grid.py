@@ -17,6 +17,7 @@ __all__ = ["AIR", "OBLIQUE_DEGREES", "Grid", "VolumeError", "from_image", "to_lp
 
 AIR = -1024  # HU of what lies outside the scan
 OBLIQUE_DEGREES = 5.0  # above this angle to the patient's axes a volume is resampled, below it the axes are relabelled
+MOST_GROWTH = 8  # a resampled volume may have this many times the voxels; beyond it the header must be wrong
 
 
 class VolumeError(ValueError):
@@ -26,6 +27,7 @@ class VolumeError(ValueError):
     """
 
     def __init__(self, reason: str, message: str) -> None:
+        message = message.encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
         super().__init__(message)
         self.reason = reason
         self.message = message
@@ -102,10 +104,13 @@ def _resampled(grid: Grid, cosines: NDArray[np.float64], spacing: NDArray[np.flo
     corners = np.array([grid.affine @ (*corner, 1) for corner in itertools.product(*ends)])
     low, high = corners.min(0), corners.max(0)
     scale = np.array([spacing[order[row]] for row in range(3)])
-    size = (np.floor((high - low) / scale + 1e-3) + 1).astype(int)
+    size = np.floor((high - low) / scale + 1e-3) + 1
+    if size.prod() > MOST_GROWTH * voxels.size:
+        text = f"voxels of {_text(spacing)} mm, oblique, would fill a grid of {_text(size)} voxels: correct the spacing"
+        raise VolumeError("spacing", text)
     straight = sitk.Resample(
         image,
-        size.tolist(),
+        size.astype(int).tolist(),
         sitk.Transform(3, sitk.sitkIdentity),
         sitk.sitkLinear,
         low.tolist(),

@@ -227,6 +227,7 @@ def _voxels(raw: bytes, header: _Header, shape: tuple[int, int, int]) -> NDArray
     slope, inter = header.slope, header.inter
     if not (math.isfinite(slope) and math.isfinite(inter)) or slope == 0 or (slope, inter) == (1.0, 0.0):
         return voxels
-    if voxels.dtype.kind in "iu" and slope.is_integer() and inter.is_integer():
+    whole = slope.is_integer() and inter.is_integer() and max(abs(slope), abs(inter)) < 2**20
+    if voxels.dtype.kind in "iu" and whole:
         return voxels.astype(np.int64) * int(slope) + int(inter)
     return (voxels.astype(np.float64) * slope + inter).astype(np.float32)

@@ -188,7 +188,7 @@ def _liver(c: Canvas, p: Patient, room: Array) -> None:
     centre = np.array((-46, -50, -20)) + rng.normal(0, 5, 3)
     box, f = c.ball(centre, rng.uniform((14, 16, 24), (18, 21, 32)), rotation(rng, (-15, 0, 25), 10))
     if f.size:
-        sac = np.maximum(f, room[box])
+        sac = np.asarray(np.maximum(f, room[box]), np.float32)
         c.paint(box, sac, p.hu["gut_wall"], LABEL["gallbladder"])
         c.paint(box, sac + 1.2, p.hu["bile"], LABEL["gallbladder"])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
@@ -103,11 +105,18 @@ class Facts:
     splits: tuple[SplitFacts, ...]
     proofs: tuple[Proof, ...]
     refusals: tuple[Refusals, ...]
+    refused: Mapping[str, int]  # entries of each data set
     between: Mapping[str, NDArray[np.float32]]  # per data set, of its volumes: mm between slices
     within: Mapping[str, NDArray[np.float32]]  # mm between columns
     depth: Mapping[str, NDArray[np.int64]]  # stored slices
     hu: Mapping[str, NDArray[np.float64]]  # share of the sampled pixels in HU_EDGES, tails in the outer bins
     tiles: Mapping[str, tuple[Tile, ...]]
+
+    def catalogue_name(self, name: str) -> str:
+        """What the catalogue calls this data set of the corpus: corpus.json knows, else the name is the same."""
+        listed = self.recorded.get("datasets")
+        entry = listed.get(name) if isinstance(listed, dict) else None
+        return str(entry.get("catalogue", name)) if isinstance(entry, dict) else name
 
     @property
     def wrong(self) -> tuple[str, ...]:
@@ -121,7 +130,8 @@ class Facts:
 
 def main(settings: Settings) -> Outcome:
     """Writes report.html and report.png into the corpus folder. Not ok if the corpus breaks its own claims."""
-    from data_curation.report_page import overview, page
+    from data_curation.report_page import page
+    from data_curation.report_pictures import overview
 
     facts = gather(settings)
     made = []
@@ -138,7 +148,7 @@ def gather(settings: Settings) -> Facts:
     folder = settings.folder
     index = _index(folder)
     recorded = _recorded(folder)
-    refusals = _refusals(folder, settings.listing)
+    refusals, refused = _refusals(folder, settings.listing)
     if not len(index):
         reasons = ", ".join(f"{refusal.count} {refusal.reason}" for refusal in refusals) or "nothing was found"
         raise CorpusError(
@@ -149,6 +159,7 @@ def gather(settings: Settings) -> Facts:
     _, first, depth = np.unique(volume, return_index=True, return_counts=True)
     own = {name: dataset[first] == code for code, name in enumerate(names)}
     between, within = index["spacing_z"].to_numpy()[first], index["spacing_x"].to_numpy()[first]
+    counted = index.select(["volume", "patient", "licence", "held_out", "duplicate", "size", "spacing_z", "spacing_x"])
     hu, tiles = {}, {}
     for code, name in enumerate(names):
         hu[name], tiles[name] = _look(folder, np.flatnonzero(dataset == code), settings)
@@ -156,10 +167,11 @@ def gather(settings: Settings) -> Facts:
         folder,
         fingerprint(index),
         recorded,
-        tuple(_set(index.filter(pa.array(dataset == code)), name) for code, name in enumerate(names)),
+        tuple(_set(counted.filter(pa.array(dataset == code)), name) for code, name in enumerate(names)),
         _splits(index),
         _proofs(index),
         refusals,
+        refused,
         {name: between[mask] for name, mask in own.items()},
         {name: within[mask] for name, mask in own.items()},
         {name: depth[mask] for name, mask in own.items()},
@@ -199,8 +211,8 @@ def _recorded(folder: Path) -> Mapping[str, Any]:
     return recorded
 
 
-def _refusals(folder: Path, listing: int) -> tuple[Refusals, ...]:
-    """By reason, the most frequent first."""
+def _refusals(folder: Path, listing: int) -> tuple[tuple[Refusals, ...], Mapping[str, int]]:
+    """By reason, the most frequent first; and how many there are of each data set."""
     path = folder / "refused.parquet"
     try:
         table = pq.read_table(path, columns=["dataset", "source", "reason", "detail"])
@@ -213,11 +225,11 @@ def _refusals(folder: Path, listing: int) -> tuple[Refusals, ...]:
     found = []
     counted = table.group_by("reason").aggregate([([], "count_all")]).to_pylist()
     for row in sorted(counted, key=lambda row: (-row["count_all"], row["reason"])):
-        mask = pa.compute.equal(table["reason"], row["reason"])
+        mask = pc.equal(table["reason"], row["reason"])
         listed = table.filter(mask).sort_by([("dataset", "ascending"), ("source", "ascending")]).slice(0, listing)
         rows = tuple((str(r["dataset"]), str(r["source"]), str(r["detail"])) for r in listed.to_pylist())
         found.append(Refusals(str(row["reason"]), int(row["count_all"]), rows))
-    return tuple(found)
+    return tuple(found), Counter(table["dataset"].to_pylist())
 
 
 def _codes(table: pa.Table, column: str) -> tuple[list[str], NDArray[np.int64]]:
@@ -262,22 +274,17 @@ def _splits(index: pa.Table) -> tuple[SplitFacts, ...]:
 
 
 def _proofs(index: pa.Table) -> tuple[Proof, ...]:
-    """Counted from the rows themselves; the last two need no trust in how groups were made, only in the pixels' hashes."""
-    _, split = _codes(index, "split")
+    """Counted from the rows; the last two trust the hashes of the pixels alone, not how the groups were made."""
     found = []
-    for column, what in (
-        ("patient", "patients"),
-        ("duplicate_group", "duplicate groups"),
-        ("sha256", "slices with equal pixels"),
-        ("content", "slices with equal content (HU clipped to ±1000)"),
+    telling = index.filter(pc.not_equal(index["content"], ""))  # a uniform slice says nothing about where it comes from
+    for column, what, rows in (
+        ("patient", "patients", index),
+        ("duplicate_group", "duplicate groups", index),
+        ("sha256", "slices with equal pixels", telling),
+        ("content", "slices with equal content (HU clipped to ±1000)", telling),
     ):
-        texts, codes = _codes(index, column)
-        said = np.array([bool(text) for text in texts])[codes]  # a uniform slice has no content and proves nothing
-        if column == "sha256":
-            said = np.array([bool(text) for text in index["content"].to_pylist()])
-        pairs = np.unique(np.stack([codes[said], split[said]]), axis=1)
-        values, counts = np.unique(pairs[0], return_counts=True)
-        found.append(Proof(what, int((counts > 1).sum()), len(values)))
+        splits = rows.group_by(column).aggregate([("split", "count_distinct")])["split_count_distinct"].to_numpy()
+        found.append(Proof(what, int((splits > 1).sum()), len(splits)))
     return tuple(found)
 
 

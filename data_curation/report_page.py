@@ -1,26 +1,17 @@
-"""The facts of a corpus as a page and as a picture. Every text of the corpus is escaped; nothing is loaded from elsewhere."""
+"""The facts of a corpus as one HTML page. Its texts are escaped; nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
 
 from data_curation.catalogue import CATALOGUE
-from data_curation.report import HU_EDGES, Facts, Tile
+from data_curation.report import Facts
+from data_curation.report_pictures import LEVEL, WINDOW, charts, contact_sheet, png
 
-__all__ = ["overview", "page"]
-
-LEVEL, WINDOW = 40, 400  # HU: the usual soft-tissue window
-TILE = 168  # pixels
-INK = {False: ("#1d2329", "#c3c9d0"), True: ("#dde3ea", "#46505b")}  # dark? -> text, lines
-COLOURS = ("#3b78c3", "#e08a1e", "#2f9e77", "#c2528b", "#7a6cc9", "#a5761d", "#4aa8c9", "#8c939b")
+__all__ = ["page"]
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5d6771; --line: #d9dee4; --back: #fff; --card: #f6f7f9;
@@ -35,9 +26,10 @@ p, figcaption, summary small { color: var(--soft); } code { font-size: .86em; ov
 th { text-align: left; font-weight: 600; color: var(--soft); } th, td { padding: .3rem .7rem .3rem 0;
   border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; white-space: nowrap; } .good { color: var(--good); } .bad { color: var(--bad); }
-.tiles { display: flex; flex-wrap: wrap; gap: 1.6rem; margin: 1.2rem 0; } .tiles b { display: block; font-size: 1.5rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: 1.6rem; margin: 1.2rem 0; }
+.tiles b { display: block; font-size: 1.5rem; }
 .bar { display: inline-block; height: .6em; background: var(--bar); border-radius: 2px; min-width: 2px; }
-img { max-width: 100%; height: auto; } figure { margin: 0 0 1.2rem; } figure img.ct { background: #000; border-radius: 4px; }
+img { max-width: 100%; height: auto; } img.ct { background: #000; border-radius: 4px; } figure { margin: 0 0 1.2rem; }
 details { border-bottom: 1px solid var(--line); padding: .35rem 0; } summary { cursor: pointer; }
 .verdict { background: var(--card); padding: .7rem 1rem; border-radius: 6px; }
 """
@@ -102,33 +94,17 @@ def _head(facts: Facts) -> str:
 
 
 def _kept(facts: Facts) -> str:
-    heads = (
-        "data set",
-        "patients",
-        "volumes",
-        "slices",
-        "repeated",
-        "of test sets",
-        "stored ",
-        "slices mm ",
-        "pixels mm ",
-    )
-    rows = [
-        (
-            s.name,
-            s.patients,
-            s.volumes,
-            s.slices,
-            s.duplicates,
-            s.held_out,
-            _bytes(s.size),
-            _range(s.between),
-            _range(s.within),
-        )
-        for s in facts.sets
-    ]
+    heads = ("data set", "patients", "volumes", "refused", "slices", "repeated", "of test sets", "stored ")
+    rows = []
+    for s in facts.sets:
+        counts = (s.patients, s.volumes, facts.refused.get(s.name, 0), s.slices, s.duplicates, s.held_out)
+        rows.append((s.name, *counts, _bytes(s.size), _range(s.between), _range(s.within), s.licence))
     note = "Repeated slices have the content of an earlier slice; readers leave them out."
-    return f"<h2>Kept</h2>{_table((*heads, 'licence'), [(*r, s.licence) for r, s in zip(rows, facts.sets, strict=True)])}<p>{note}</p>"
+    lost = sorted(set(facts.refused) - {s.name for s in facts.sets})
+    if lost:
+        note += " Nothing was kept of " + ", ".join(f"{name} ({facts.refused[name]:,} refused)" for name in lost) + "."
+    table = _table((*heads, "mm between slices ", "mm between pixels ", "licence"), rows)
+    return f"<h2>Kept</h2>{table}<p>{escape(note)}</p>"
 
 
 def _split(facts: Facts) -> str:
@@ -162,20 +138,23 @@ def _refused(facts: Facts) -> str:
             f'<details><summary><span class="bar" style="width:{max(0.2, 14 * refusal.count / most):.1f}rem"></span> '
             f"<b>{escape(refusal.reason)}</b> {refusal.count:,}</summary>{listing}{more}</details>"
         )
-    return f"<h2>Refused, by reason</h2>{''.join(parts)}"
+    note = "<p>Names are those of the source files, as in refused.csv: leave them out of what you publish.</p>"
+    return f"<h2>Refused, by reason</h2>{note}{''.join(parts)}"
 
 
 def _sources(facts: Facts) -> str:
     rows = []
-    for facts_of in facts.sets:
-        entry = CATALOGUE.get(facts_of.name)
-        known = (
-            (entry.title, entry.citation, entry.doi, entry.home_page) if entry else ("not in the catalogue", "", "", "")
+    for kept in facts.sets:
+        entry = CATALOGUE.get(facts.catalogue_name(kept.name))
+        told = (
+            (entry.title, kept.licence, entry.citation, entry.doi or entry.home_page)
+            if entry
+            else ("", kept.licence, "", "")
         )
-        rows.append((facts_of.name, known[0], facts_of.licence, known[1], known[2] or known[3]))
+        rows.append((kept.name, *told))
+    record = [(key, json.dumps(value, ensure_ascii=False).strip('"')) for key, value in facts.recorded.items()]
     listed = _table(("data set", "title", "licence", "to cite", "where"), rows)
-    told = [(key, value) for key, value in facts.recorded.items() if isinstance(value, str | int | float)]
-    return f"<h2>Licences and citations</h2>{listed}<h2>Record</h2>{_table(('corpus.json', ''), told)}"
+    return f"<h2>Licences and citations</h2>{listed}<h2>Record</h2>{_table(('corpus.json', ''), record)}"
 
 
 def _sheet(facts: Facts) -> str:
@@ -186,127 +165,18 @@ def _sheet(facts: Facts) -> str:
         keys = ", ".join(tile.key for tile in tiles)
         parts.append(
             f'<figure><img class="ct" alt="{escape(name)}: {len(tiles)} slices" title="{escape(keys)}" '
-            f'src="{_uri(_png(contact_sheet(tiles)))}"><figcaption>{escape(name)}</figcaption></figure>'
+            f'src="{_uri(png(contact_sheet(tiles)))}"><figcaption>{escape(name)}</figcaption></figure>'
         )
     return "".join(parts)
 
 
-def contact_sheet(tiles: Sequence[Tile], columns: int = 8) -> NDArray[np.uint8]:
-    """The slices side by side in the window, each scaled to TILE pixels along its longer side in mm; [Y, X]."""
-    rows = -(-len(tiles) // columns)
-    sheet = np.zeros((rows * TILE, min(columns, len(tiles)) * TILE), np.uint8)
-    for i, tile in enumerate(tiles):
-        seen = np.clip((tile.hu.astype(np.float32) - (LEVEL - WINDOW / 2)) / WINDOW, 0, 1)
-        extent = np.array(seen.shape) * tile.spacing
-        size = np.maximum(1, np.rint(extent / extent.max() * TILE)).astype(int)
-        factor = size / seen.shape
-        smooth = ndimage.gaussian_filter(seen, np.maximum(0, 0.45 * (1 / factor - 1)))
-        small = ndimage.zoom(smooth, factor, order=1, mode="nearest", grid_mode=True)[:TILE, :TILE]
-        top, left = (TILE - small.shape[0]) // 2, (TILE - small.shape[1]) // 2
-        y, x = i // columns * TILE + top, i % columns * TILE + left
-        sheet[y : y + small.shape[0], x : x + small.shape[1]] = np.rint(small * 255).astype(np.uint8)
-    return sheet
-
-
 def _charts_twice(facts: Facts) -> str:
-    light, dark = (_uri(_drawn(_charts(facts, is_dark))) for is_dark in (False, True))
+    light, dark = (_uri(charts(facts, is_dark)) for is_dark in (False, True))
     text = "Histograms of spacing between slices, spacing between pixels, slices of a volume, and HU, by data set"
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img alt="{text}" src="{light}"></picture></figure>'
     )
-
-
-def _charts(facts: Facts, dark: bool, height: float = 5.4) -> Any:
-    """The four histograms; figures are made without pyplot, so no state is shared with the caller's plots."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, height), dpi=110, layout="constrained", facecolor="none")
-    _draw(figure.subplots(2, 2), facts, dark)
-    return figure
-
-
-def _draw(axes: Any, facts: Facts, dark: bool) -> None:
-    ink, lines = INK[dark]
-    shown = _few(facts)
-    for ax, measure, title in zip(
-        axes.flat,
-        (facts.between, facts.within, facts.depth),
-        ("mm between slices", "mm between pixels", "slices of a volume"),
-        strict=False,
-    ):
-        groups = [np.concatenate([measure[name] for name in names]) for names in shown.values()]
-        values = np.concatenate(groups)
-        low, high = float(values.min()), float(values.max())
-        pad = max((high - low) * 0.02, abs(high) * 0.01, 1e-3)
-        ax.hist(groups, np.linspace(low - pad, high + pad, 31), stacked=True, color=COLOURS[: len(groups)])
-        ax.set_ylabel("volumes", color=ink)
-        ax.set_title(title, color=ink, fontsize=10)
-    last = axes.flat[3]
-    for (label, names), colour in zip(shown.items(), COLOURS, strict=False):
-        share = np.mean([facts.hu[name] for name in names], axis=0)
-        last.stairs(100 * share, HU_EDGES, color=colour, label=label, linewidth=1.4)
-    last.set_yscale("log")
-    last.set_ylim(bottom=2e-3)
-    last.set_ylabel("% of pixels", color=ink)
-    last.set_title("HU of sampled slices", color=ink, fontsize=10)
-    last.legend(frameon=False, fontsize=8, labelcolor=ink)
-    for ax in axes.flat:
-        ax.set_facecolor("none")
-        ax.tick_params(colors=ink, labelsize=8)
-        ax.yaxis.get_major_locator().set_params(**({} if ax is last else {"integer": True}))
-        for side, spine in ax.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(lines)
-
-
-def _few(facts: Facts) -> Mapping[str, list[str]]:
-    """At most as many groups as there are colours; the smallest data sets go together."""
-    names = [s.name for s in sorted(facts.sets, key=lambda s: -s.volumes)]
-    if len(names) <= len(COLOURS):
-        return {name: [name] for name in names}
-    kept = len(COLOURS) - 1
-    return {name: [name] for name in names[:kept]} | {f"{len(names) - kept} others": names[kept:]}
-
-
-def overview(facts: Facts) -> bytes:
-    """report.png: counts, histograms and contact sheet in one picture."""
-    from matplotlib.figure import Figure
-
-    sheets = {name: contact_sheet(tiles) for name, tiles in facts.tiles.items()}
-    heights = [sheet.shape[0] / TILE * 1.42 + 0.3 for sheet in sheets.values()]
-    figure = Figure(figsize=(11.4, 6.4 + sum(heights)), dpi=100, facecolor="white")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(6.4, sum(heights)))
-    volumes, slices = sum(s.volumes for s in facts.sets), sum(s.slices for s in facts.sets)
-    refused = sum(refusal.count for refusal in facts.refusals)
-    state = "splits are apart" if not facts.wrong else "BROKEN: " + "; ".join(facts.wrong)
-    top.suptitle(
-        f"{volumes:,} volumes, {slices:,} slices kept, {refused:,} files refused; {state}\n{facts.fingerprint}",
-        fontsize=10,
-    )
-    _draw(top.subplots(2, 2, gridspec_kw={"hspace": 0.42, "top": 0.86, "bottom": 0.08}), facts, False)
-    rows = np.atleast_1d(
-        bottom.subplots(len(sheets), 1, height_ratios=heights, gridspec_kw={"top": 0.96, "bottom": 0.02})
-    )
-    for ax, (name, sheet) in zip(rows, sheets.items(), strict=True):
-        ax.imshow(sheet, cmap="gray", vmin=0, vmax=255)
-        ax.set_title(name, fontsize=9, loc="left", parse_math=False)
-        ax.set_axis_off()
-    return _drawn(figure)
-
-
-def _drawn(figure: Any) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    import imagecodecs
-
-    return bytes(imagecodecs.png_encode(picture))
 
 
 def _uri(png: bytes) -> str:

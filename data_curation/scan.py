@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +21,10 @@ from numpy.typing import NDArray
 from data_curation.aside import aside, write_parquet
 from data_curation.catalogue import Case
 from data_curation.checks import Limits, Verdict, check, repair
-from data_curation.slices import SliceRule, cut, encode
+from data_curation.slices import SliceRule, checksum, cut, encode
 from data_curation.volumes import Volume, VolumeError, read
 
-__all__ = ["Scan", "ScanTask", "contents", "read_rows", "read_scan", "scan", "spool_path", "stamp"]
+__all__ = ["Scan", "ScanTask", "contents", "has_spool", "read_rows", "read_scan", "scan", "spool_path", "stamp"]
 
 FORMAT = 1  # another number makes every earlier scan invalid
 SCAN = Path("private", "scan")
@@ -134,7 +133,7 @@ def _encode(folder: Path, task: ScanTask, volume: Volume) -> tuple[list[dict[str
         for cut_slice in cut(volume.hu, volume.spacing[0], task.rule):
             data = encode(cut_slice.hu, task.codec) if task.spool else b""
             own = {"z": cut_slice.z, "body_fraction": cut_slice.body_fraction, **cut_slice.statistics()}
-            hashes = {"sha256": cut_slice.sha256, "content": cut_slice.content, "crc32": zlib.crc32(data)}
+            hashes = {"sha256": cut_slice.sha256, "content": cut_slice.content, "crc32": checksum(data)}
             rows.append({**own, **hashes, "at": at, "size": len(data)})
             at += len(data)
             yield data
@@ -155,6 +154,14 @@ def _proof_path(folder: Path, volume: str) -> Path:
 def spool_path(folder: Path, volume: str) -> Path:
     """The encoded slices of a volume, end to end."""
     return folder / SCAN / f"{volume}.slices"
+
+
+def has_spool(folder: Path, volume: str, scanned: Scan) -> bool:
+    """Is the volume's spool there, with the bytes its proof says?"""
+    try:
+        return spool_path(folder, volume).stat().st_size == scanned.spool_bytes
+    except FileNotFoundError:
+        return False
 
 
 def read_scan(folder: Path, volume: str) -> Scan | None:

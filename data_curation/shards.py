@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from data_curation.aside import aside, write_parquet
 from data_curation.index import SCHEMA, CorpusError
 from data_curation.scan import read_rows, spool_path
+from data_curation.slices import checksum
 
 __all__ = ["Part", "Shard", "is_written", "write_shard"]
 
@@ -92,7 +92,7 @@ def _fill(file: IO[bytes], rows: list[dict[str, Any]], spools: Mapping[str, IO[b
     for row in rows:
         spool = spools[row["volume"]]
         data = os.pread(spool.fileno(), row["size"], row["at"])
-        if zlib.crc32(data) != row["crc32"]:
+        if checksum(data) != row["crc32"]:
             Path(spool.name).unlink()
             raise CorpusError(
                 f"{spool.name} was damaged and is removed now; run the same command again to read its scan"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ _OTHER = frozenset(  # files that are not opened to see whether they are DICOM
     )
     for ending in endings.split()
 )
+_WHOLE = 1e-3  # a fraction below this is noise of float arithmetic
 _NOT_HU_RANGE = 100.0  # a float volume with fractions whose values span less than this was normalised, or is PET
 
 
@@ -61,7 +63,8 @@ class Volume:
 
 @dataclass(frozen=True)
 class Found:
-    """Something that could be an image. For DICOM `path` is the folder and `files` one stack in order.
+    """Something that could be an image. For DICOM `path` is the folder and `files` one stack in order;
+    else `files` is the one file, or a header and its voxels.
 
     `series`, `study` and `patient` are the DICOM identifiers in clear, for hashing; other formats have none, and
     `series` is then the file's relative path. `reason` and `detail` are set where the headers already rule it out.
@@ -85,10 +88,10 @@ def find(root: Path, skipped: Counter[str] | None = None) -> Iterator[Found]:
     by their ending; what should be an image and cannot be opened is yielded with its reason.
     """
     skipped = Counter() if skipped is None else skipped
-    for folder, names, error in _walk(root):
-        if error:
-            source = _relative(folder, root)
-            yield Found(folder, (folder,), "nifti", source, source, reason="unreadable", detail=error)
+    for folder, names, problems in _walk(root):
+        for path, detail in problems:
+            source = _relative(path, root)
+            yield Found(path, (path,), "nifti", source, source, reason="unreadable", detail=detail)
         headers: list[Path] = []
         for name in names:
             path = folder / name
@@ -97,14 +100,22 @@ def find(root: Path, skipped: Counter[str] | None = None) -> Iterator[Found]:
                 headers.append(path)
             elif kind in ("nifti", "nrrd", "metaimage"):
                 source = _relative(path, root)
-                yield Found(path, (path,), kind, source, source)
+                yield Found(path, _parts(path), kind, source, source)
             elif kind == "unreadable":
                 source = _relative(path, root)
-                detail = "the file cannot be opened: allow reading it, or mend the link"
+                detail = "the file cannot be opened: allow reading it"
                 yield Found(path, (path,), "dicom", source, source, reason="unreadable", detail=detail)
             else:
                 skipped[kind] += 1
         yield from _series(folder, headers, root)
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    """The file, and the voxels that lie beside a header of the same name."""
+    if path.suffix.lower() not in (".hdr", ".mhd", ".nhdr"):
+        return (path,)
+    beside = (path.with_suffix(ending) for ending in (".img", ".IMG", ".img.gz", ".raw", ".zraw", ".raw.gz"))
+    return (path, *(voxels for voxels in beside if voxels.is_file()))
 
 
 def _series(folder: Path, files: list[Path], root: Path) -> Iterator[Found]:
@@ -127,8 +138,8 @@ def _series(folder: Path, files: list[Path], root: Path) -> Iterator[Found]:
         )
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str], str]]:
-    """Folder, its file names, and what went wrong with listing it. Each real folder is entered once."""
+def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[tuple[Path, str]]]]:
+    """Folder, the names of its files, and what cannot be looked into. Each real folder is entered once."""
     entered: set[tuple[int, int]] = set()
     waiting = [root]
     while waiting:
@@ -139,12 +150,22 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], str]]:
                 continue
             entered.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
-                listed = sorted((entry.name, entry.is_dir()) for entry in entries)
+                listed = sorted((entry.name, _what(entry)) for entry in entries)
         except OSError as error:
-            yield folder, [], f"the folder cannot be listed ({error.strerror}): allow reading it"
+            yield folder, [], [(folder, f"the folder cannot be listed ({error.strerror}): allow reading it")]
             continue
-        waiting += [folder / name for name, is_dir in reversed(listed) if is_dir and not _hidden(name)]
-        yield folder, [name for name, is_dir in listed if not is_dir], ""
+        waiting += [folder / name for name, what in reversed(listed) if what == "folder" and not _hidden(name)]
+        others = [name for name, what in listed if what == "other" and not _hidden(name)]
+        text = "a broken link, a pipe or a device, not a file: mend or remove it"
+        yield folder, [name for name, what in listed if what == "file"], [(folder / name, text) for name in others]
+
+
+def _what(entry: os.DirEntry[str]) -> str:
+    """Pipes must not be opened, and links may lead to themselves."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    except OSError:
+        return "other"
 
 
 def _hidden(name: str) -> bool:
@@ -174,7 +195,8 @@ def _kind(path: Path) -> str:
 
 
 def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+    """As text that can be stored: bytes of a name that are no UTF-8 are spelled out."""
+    return path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
 
 
 def read(found: Found) -> Volume:
@@ -186,9 +208,7 @@ def read(found: Found) -> Volume:
             grid = _load(found)
             voxels, spacing, notes = to_lps(grid)
     except OSError as error:
-        raise VolumeError(
-            "unreadable", f"{error.strerror or error}: allow reading the file, or mend the link"
-        ) from None
+        raise VolumeError("unreadable", f"{error.strerror or error}: allow reading the file") from None
     hu, rounding, more = _to_hu(voxels)
     return Volume(hu, spacing, found.source or found.path.name, rounding, (*notes, *more))
 
@@ -207,6 +227,8 @@ def _with_itk(found: Found) -> Grid:
     """NRRD and MetaImage. The header is looked at before any voxel is read."""
     import SimpleITK as sitk
 
+    if found.kind == "metaimage":
+        _has_voxels(found.path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(found.path))
     reader.SetImageIO(_IMAGE_IO[found.kind])
@@ -231,38 +253,56 @@ def _with_itk(found: Found) -> Grid:
     return from_image(image)
 
 
+def _has_voxels(path: Path) -> None:
+    """Raises VolumeError where a MetaImage header names voxels that are not there; ITK may crash on that."""
+    with path.open("rb") as file:
+        named = re.search(rb"ElementDataFile *= *([^\r\n]*)\r?\n?", file.read(16384))
+    name = named.group(1).decode("utf-8", "replace").strip() if named else ""
+    if name.split(" ")[0] in ("LOCAL", "LIST") or (name.isprintable() and re.search(r"%\d*d", name)):
+        return
+    if not name or "\0" in name or len(name) > 255 or not (path.parent / name).is_file():
+        text = f"the voxels that its header names ({name[:80] or 'none'}) are missing: copy both files again"
+        raise VolumeError("unreadable", text)
+
+
 def _to_hu(voxels: NDArray[Any]) -> tuple[NDArray[np.int16], float, list[str]]:
-    """int16, the largest rounding, and notes. Works slice by slice, so a float volume is never held twice."""
+    """C-contiguous int16, the largest rounding, and notes."""
     notes: list[str] = []
-    low, high = voxels.min(), voxels.max()
     rounding = 0.0
-    if voxels.dtype.kind == "f":
-        if not np.isfinite(low) or not np.isfinite(high):
-            bad = sum(int(np.count_nonzero(~np.isfinite(plane))) for plane in voxels)
-            text = f"{bad:,} of {voxels.size:,} voxels are NaN or infinite: write them as {AIR}"
-            raise VolumeError("not_finite", text)
-        rounding = max(float(np.abs(plane - np.rint(plane)).max()) for plane in voxels)
-        if rounding > 1e-3 and high - low < _NOT_HU_RANGE:
-            text = f"values run from {low:.3g} to {high:.3g} with fractions, so they are not HU: undo the normalisation"
-            raise VolumeError("not_ct", text)
-        if rounding > 1e-3:
+    if voxels.dtype == np.int16:
+        hu = np.array(voxels, np.int16, order="C")
+    else:
+        low, high = voxels.min(), voxels.max()
+        if voxels.dtype.kind == "f":
+            rounding = _rounding(voxels, float(low), float(high))
+        if rounding > _WHOLE:
             notes.append(f"float HU rounded to whole numbers, by at most {rounding:.2f}")
-    hu = np.empty(voxels.shape, np.int16)
-    outside = 0
-    for source, target in zip(voxels, hu, strict=True):
-        values = np.rint(source) if voxels.dtype.kind == "f" else source
-        if low < -32768 or high > 32767:
-            outside += int(np.count_nonzero((values < -32768) | (values > 32767)))
-            values = np.clip(values, -32768, 32767)
-        target[...] = values
-    if outside:
-        notes.append(f"{outside:,} voxels from {low:.6g} to {high:.6g} cut to -32768..32767")
-    if low < AIR:
-        lowest = int(hu.min())
-        share = np.count_nonzero(hu == lowest) / hu.size
-        if share > 1e-3:
-            notes.append(f"padding {lowest} on {share:.1%} of the voxels kept")
+        hu = np.empty(voxels.shape, np.int16)
+        outside = 0
+        for source, target in zip(voxels, hu, strict=True):  # slice by slice: a float volume is never held twice
+            values = np.rint(source) if voxels.dtype.kind == "f" else source
+            if low < -32768 or high > 32767:
+                outside += int(np.count_nonzero((values < -32768) | (values > 32767)))
+                values = np.clip(values, -32768, 32767)
+            target[...] = values
+        if outside:
+            notes.append(f"{outside:,} voxels from {low:.6g} to {high:.6g} cut to -32768..32767")
+    lowest = int(hu.min())
+    if lowest < AIR and (share := np.count_nonzero(hu == lowest) / hu.size) > 1e-3:
+        notes.append(f"padding {lowest} on {share:.1%} of the voxels kept")
     return hu, rounding, notes
+
+
+def _rounding(voxels: NDArray[Any], low: float, high: float) -> float:
+    """Largest distance to a whole number. Raises VolumeError where values cannot be HU: not finite, or normalised."""
+    if not np.isfinite(low) or not np.isfinite(high):
+        bad = sum(int(np.count_nonzero(~np.isfinite(plane))) for plane in voxels)
+        raise VolumeError("not_finite", f"{bad:,} of {voxels.size:,} voxels are NaN or infinite: write them as {AIR}")
+    rounding = max(float(np.abs(plane - np.rint(plane)).max()) for plane in voxels)
+    if rounding > _WHOLE and high - low < _NOT_HU_RANGE:
+        text = f"values run from {low:.3g} to {high:.3g} with fractions, so they are not HU: undo the normalisation"
+        raise VolumeError("not_ct", text)
+    return rounding
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def place(
 
 
 def cut(image: NDArray[np.int16], label: NDArray[np.uint8], size: int, where: Placement) -> tuple[Tensor, Tensor]:
-    """Slice [Y, X] -> HU fp32 [size, size], bilinear, and label int64 [size, size], nearest. Outside is air, background."""
+    """Slice [Y, X] -> HU fp32 [size, size], bilinear, and label int64, nearest. Outside there is air, background."""
     if where.plain:
         top, left = (math.floor(middle - size / 2 + 0.5) for middle in where.centre)
         hu, classes = np.full((size, size), -1000, np.float32), np.zeros((size, size), np.int64)

@@ -210,7 +210,7 @@ def _train(
     )
     start = checkpoints.restore()
     stream = batches(training, settings.patches, settings.augmentation, header.window, settings.seed, here, start)
-    log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start)
+    log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start and start + 1)
     loop = LoopSettings(
         steps=settings.steps,
         seed=settings.seed,

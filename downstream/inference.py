@@ -84,7 +84,7 @@ def predict_slices(
 
 def _mirrored(model: SegmentationModel, images: Tensor, window: Window) -> Tensor:
     with _autocast(images.device, window.precision):
-        total = model(images).float()
+        total: Tensor = model(images).float()
         for axes in _mirrors() if window.mirror else ():
             total += model(images.flip(axes)).float().flip(axes)
     return total / 4 if window.mirror else total

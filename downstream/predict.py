@@ -130,7 +130,8 @@ def _name(found: Found, root: Path) -> str:
 
 def _same_model(folder: Path, model: Path) -> None:
     """Label maps of two models must not lie in one folder."""
-    digest = hashlib.file_digest(model.open("rb"), "sha256").hexdigest()
+    with model.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     note = folder / "model.sha256"
     if note.is_file() and note.read_text().strip() != digest:
         raise CaseError(f"{folder} holds label maps of another model than {model}; choose another folder")

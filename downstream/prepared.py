@@ -18,6 +18,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -138,9 +139,9 @@ def _ready(name: str, path: Path, key: str) -> Prepared | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path) as members:
+        with path.open("rb") as file, np.load(file) as members:
             about, counts = json.loads(str(members["about"])), members["counts"]
-    except (OSError, ValueError, KeyError):  # a damaged file is made again
+    except (OSError, ValueError, KeyError, BadZipFile):  # a damaged file is made again
         return None
     if about["key"] != key:
         return None
@@ -155,8 +156,8 @@ def _classes(case: RawCase, labels: Labels, array: NDArray[np.uint8]) -> NDArray
     unknown = sorted(set(present) - set(labels.values))
     if unknown:
         raise CaseError(
-            f"{case.name}: {case.label.name} holds label value(s) {unknown[:5]}, dataset.json knows {list(labels.values)}; "
-            "name them there, or correct the label"
+            f"{case.name}: {case.label.name} holds label value(s) {unknown[:5]}, dataset.json knows "
+            f"{list(labels.values)}; name them there, or correct the label"
         )
     table = np.zeros(256, dtype=np.uint8)
     table[list(labels.values)] = np.arange(len(labels.values))
@@ -164,7 +165,7 @@ def _classes(case: RawCase, labels: Labels, array: NDArray[np.uint8]) -> NDArray
 
 
 def target_size(shape: Sequence[int], own: Sequence[float], wanted: float | None) -> tuple[int, int]:
-    """Rows and columns of a slice at `wanted` mm; its edges stay where they are, so the true spacing is off by a bit."""
+    """Rows and columns of a slice at about `wanted` mm; its edges stay where they are."""
     if wanted is None:
         return int(shape[0]), int(shape[1])
     rows, columns = (max(1, round(n * mm / wanted)) for n, mm in zip(shape, own, strict=True))

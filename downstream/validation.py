@@ -94,7 +94,7 @@ class Best:
 
 
 def report(folder: Path, table: Table, step: int) -> str:
-    """Writes validation.csv (a line a case) and validation.json (a mean an organ with its interval); the table as text."""
+    """Writes validation.csv (a line a case) and validation.json (means with intervals); gives the table as text."""
     with (folder / "validation.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["case", *table.organs])

@@ -1,8 +1,6 @@
-"""Which of how many processes this is, and on which device: from torchrun, our own processes, or SLURM through
-submitit.
+"""Which of how many processes this is, and on which device: from the environment that torchrun and our executors set.
 
-The only file of the package that imports torch. One process alone makes no process group, so nothing of
-torch.distributed runs.
+The only file of the package that imports torch. One process alone makes no process group.
 """
 
 from __future__ import annotations
@@ -57,10 +55,6 @@ def world(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
 
 
 def _ranks() -> tuple[int, int, int]:
-    if "RANK" not in os.environ and "SUBMITIT_EXECUTOR" in os.environ:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     if "RANK" not in os.environ:
         return 0, 1, 0
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -79,7 +73,7 @@ def _device(name: str, local_rank: int) -> torch.device:
     index, count = device.index if device.index is not None else local_rank, torch.cuda.device_count()
     if index >= count:
         raise DeviceError(
-            f"device {name} is to be GPU {index}, and torch sees {count}; start fewer processes or use device=cpu"
+            f"device {name} means GPU {index}, torch sees {count}; start fewer processes or use device=cpu"
         )
     return torch.device("cuda", index)
 

@@ -50,6 +50,11 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Only double quotes keep every kind of line break and control character.
+        style = '"' if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
     def represent_sequence(
         self, tag: str, sequence: Iterable[Any], flow_style: bool | None = None
     ) -> yaml.SequenceNode:

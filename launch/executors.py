@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pydantic import Field
 from launch.documents import SettingsError, near, read
 from launch.ranks import RankFailed, run_ranks
 from launch.run import Outcome, RunError, Stopped, close_run, note_start, say
-from launch.settings import Settings, find, load
+from launch.settings import Settings, find, load, names_beside
 
 __all__ = ["Call", "EXECUTORS", "Executor", "Here", "Processes", "Slurm", "load_cluster", "resolve"]
 
@@ -122,12 +123,13 @@ class Slurm(Settings):
         log = call.folder / "jobs"
         executor = submitit.AutoExecutor(log, cluster=self.cluster, slurm_max_num_timeout=self.requeues)
         executor.update_parameters(**self.parameters(call.folder.resolve().name))
+        if self.detached:
+            note_start(call.folder, waiting=True)  # before: afterwards the job may have begun to write there itself
         try:
             job = executor.submit(Task(call))
         except submitit.core.utils.FailedJobError as error:
             raise RunError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
         if self.detached:
-            note_start(call.folder, job=str(job.job_id), waiting=True)
             made = f"job {job.job_id}, its output in {log}/{job.job_id}_0_log.out"
             return Outcome(made=(made,), next=(f"axial status folder={call.folder}",))
         try:
@@ -169,6 +171,7 @@ class Task:
 
         job = submitit.JobEnvironment()
         first = job.global_rank == 0
+        _tell_ranks()
         if first:
             note_start(self.call.folder, job=job.job_id)
         try:
@@ -195,6 +198,24 @@ class Task:
         return submitit.helpers.DelayedSubmission(self)
 
 
+def _tell_ranks() -> None:
+    """Put the place of this process in its job where torchrun would put it."""
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    found = TorchDistributedEnvironment()
+    # The host name of a node need not resolve on itself; between nodes it must.
+    address = found.master_addr if JobEnvironment().num_nodes > 1 else "127.0.0.1"
+    os.environ |= {
+        "RANK": str(found.rank),
+        "WORLD_SIZE": str(found.world_size),
+        "LOCAL_RANK": str(found.local_rank),
+        "LOCAL_WORLD_SIZE": str(found.local_world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(found.master_port),
+    }
+
+
 EXECUTORS: dict[str, type[Here] | type[Processes] | type[Slurm]] = {
     "here": Here,
     "processes": Processes,
@@ -205,6 +226,8 @@ EXECUTORS: dict[str, type[Here] | type[Processes] | type[Slurm]] = {
 def load_cluster(name: str) -> Executor:
     """The executor that a cluster file describes, a path or one of the packaged files. Raises SettingsError."""
     path = find(name)
+    if not path.exists():
+        raise SettingsError(f"no such settings file {path}{near(path.name, names_beside(path))}")
     mistakes: list[str] = []
     document = read(path, find, mistakes)
     if document is None:

@@ -38,9 +38,14 @@ class Settings(pydantic.BaseModel):
 
 
 def _over(default: Any, given: Any) -> Any:
-    if not (isinstance(default, Settings) and isinstance(given, dict)):
+    if not isinstance(given, dict):
         return given
-    values = {name: getattr(default, name) for name in type(default).model_fields}
+    if isinstance(default, Settings):
+        values = {name: getattr(default, name) for name in type(default).model_fields}
+    elif isinstance(default, dict) and "kind" in default:  # the default of a choice, written as in a file
+        values = default
+    else:
+        return given
     if "kind" in given and given["kind"] != values.get("kind"):
         return given
     return values | {key: _over(values.get(key), value) for key, value in given.items()}

@@ -23,7 +23,18 @@ from pydantic_core import PydanticUndefined
 from launch.documents import Document, Keys, SettingsError, near, override, read, write
 from launch.schema import Settings, annotation_of, choice, groups, is_settings, options, plugins
 
-__all__ = ["Described", "Settings", "SettingsError", "choice", "describe", "dump", "find", "load", "plugins"]
+__all__ = [
+    "Described",
+    "Settings",
+    "SettingsError",
+    "choice",
+    "describe",
+    "dump",
+    "find",
+    "load",
+    "names_beside",
+    "plugins",
+]
 
 S = TypeVar("S", bound="Settings")
 
@@ -48,7 +59,7 @@ def find(name: str, folder: Path = Path()) -> Path:
     return path
 
 
-def _names_beside(path: Path) -> list[str]:
+def names_beside(path: Path) -> list[str]:
     """Settings files that may have been meant: those of the same folder and the packaged ones."""
     names = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
     for package in CONFIGS:
@@ -67,7 +78,7 @@ def load(model: type[S], source: Path | None = None, overrides: Sequence[str] = 
     """
     mistakes: list[str] = []
     if source is not None and not source.exists():
-        raise SettingsError(f"no such settings file {source}{near(source.name, _names_beside(source))}")
+        raise SettingsError(f"no such settings file {source}{near(source.name, names_beside(source))}")
     document = read(source, find, mistakes) if source is not None else Document()
     if document is None:
         raise SettingsError("\n".join(mistakes))

@@ -79,7 +79,8 @@ def status_of(folder: Path) -> Status:
     if record is None or not record.get("starts"):
         raise RunError(f"{folder / 'run.json'} holds no start")
     start = record["starts"][-1]
-    job = f"job {start['job']}" if start.get("job") else ""
+    number = start.get("job") or _submitted(folder)
+    job = f"job {number}" if number else ""
     process = f"process {start['pid']} on {start['host']}" if start.get("pid") else ""
     state: State
     if outcome is not None:
@@ -101,6 +102,13 @@ def status_of(folder: Path) -> Status:
         metrics=metrics,
         error=str((outcome or {}).get("error", "")).strip(),
     )
+
+
+def _submitted(folder: Path) -> str:
+    """Number of the newest job that submitit left a file of; it has one before the job itself runs and can note it."""
+    files = list((folder / "jobs").glob("*_submitted.pkl"))
+    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.name.removesuffix("_submitted.pkl") if newest is not None else ""
 
 
 def told(status: Status) -> str:

@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from launch.settings import Settings
 from pretrain.checkpoint import Progress, complete, newest, read_tensors
 from pretrain.data.window import HuWindow
 from pretrain.models.rope import RopeSettings
 from pretrain.models.vit import SIZES, VisionTransformer, VitSettings, build
 
-__all__ = ["Released", "ReleasedError", "Source", "fit", "load_backbone", "read"]
+__all__ = ["Released", "ReleasedError", "fit", "load_backbone", "read"]
 
-_WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 # A key of another family -> what the file is. The first that occurs decides.
 _FOREIGN = {
     "network_weights": "an nnU-Net checkpoint",
@@ -38,19 +37,6 @@ _FOREIGN = {
 
 class ReleasedError(ValueError):
     """A file or folder that holds no backbone we can read, or one that does not fit."""
-
-
-class Source(Settings):
-    """Weights to start from; a plain path will do."""
-
-    path: Path = Field(description="run folder, checkpoint, export, or published DINOv3 or MedDINOv3 file")
-    step: int | None = Field(None, ge=0, description="step of a run's checkpoint; null: its newest")
-    heads: bool = Field(True, description="take the heads too, where the source has them")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_will_do(cls, data: Any) -> Any:
-        return {"path": data} if isinstance(data, str | Path) else data
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,8 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a file and, of our own exports, the header."""
-    start = path.open("rb").read(64)
+    with path.open("rb") as opened:
+        start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise ReleasedError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` where it came from")
     if start.lstrip()[:1] == b"<":
@@ -165,9 +152,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _published(path: Path, tensors: Mapping[str, Tensor]) -> Released:
     named, renamed = {}, 0
     for name, tensor in tensors.items():
-        clean = name
-        for wrapper in _WRAPPERS:
-            clean = clean.replace(wrapper, "")
+        clean = _WRAPPERS.sub("", name)
         renamed += clean != name
         named[clean] = tensor
     backbone, heads = _parts(named)
@@ -181,7 +166,7 @@ def _published(path: Path, tensors: Mapping[str, Tensor]) -> Released:
         raise ReleasedError(
             f"{path} holds no DINOv3 backbone; its first keys are {', '.join(list(tensors)[:4]) or '(none)'}"
         )
-    whole = len(backbone) == len(named)
+    whole = not any(name.startswith("backbone.") for name in named)
     form = "DINOv3 hub keys" if whole else "{'teacher': {'backbone.*'}} (MedDINOv3)"
     notes = [f"renamed {renamed} keys (wrappers removed)"] if renamed else []
     settings, guessed = _settings(backbone, hub=whole)

@@ -10,10 +10,10 @@ from launch.settings import choice
 from pretrain.checkpoint import CheckpointSettings
 from pretrain.data.stream import DataSettings
 from pretrain.loop import LoopSettings
+from pretrain.methods import Source
 from pretrain.models.vit import VitSettings
 from pretrain.optim import OptimSettings
 from pretrain.parallel import ParallelSettings
-from pretrain.released import Source
 
 __all__ = ["LogSettings", "Settings"]
 

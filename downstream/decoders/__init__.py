@@ -24,7 +24,7 @@ class Taps(Settings):
     )
 
     def chosen(self, depth: int) -> tuple[int, ...]:
-        """Blocks of a backbone with `depth` of them: (2, 5, 8, 11) for four of twelve. ValueError if they do not exist."""
+        """Blocks to read of `depth`: (2, 5, 8, 11) for four of twelve. ValueError if they do not exist."""
         if self.blocks is None:
             if self.taps > depth:
                 raise ValueError(

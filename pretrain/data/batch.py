@@ -93,10 +93,6 @@ class Batch:
         """The same batch on another device."""
         return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
-        return self.each(Tensor.pin_memory)
-
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed."""
         changes: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}

@@ -84,11 +84,12 @@ class CropSettings(Settings):
 
     def check_patches(self, patch_size: int) -> None:
         """Refuses sides that the patch size does not divide (a convolution would drop the rest in silence)."""
-        for shape in self.shapes:
+        for i, shape in enumerate(self.shapes):
             for name in ("global_size", "local_size", "gram_size"):
                 side = getattr(shape, name)
                 if side is not None and side % patch_size and (self.n_local or name != "local_size"):
-                    raise ValueError(f"crops.{name}: {side} is not a multiple of the patch size {patch_size}")
+                    place = f"mix.{i}." if self.mix else ""
+                    raise ValueError(f"crops.{place}{name}: {side} is not a multiple of the patch size {patch_size}")
 
 
 @dataclass(frozen=True)

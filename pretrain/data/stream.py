@@ -69,7 +69,9 @@ class DataSettings(Settings):
     workers: int = Field(
         4, ge=0, description="reading processes of a rank, at most one a CPU; 0: read in the training process"
     )
-    prefetch: int = Field(2, gt=0, description="batches that each worker prepares ahead")
+    prefetch: int = Field(
+        2, gt=0, description="batches that each worker holds ready in shared memory, 0.5 to 1 MB a slice"
+    )
     start_method: Literal["fork", "spawn", "forkserver"] | None = Field(
         None, description="how workers are started; null: the platform's default"
     )
@@ -278,7 +280,15 @@ class Batches(Iterator[Batch]):
             return self._make()
 
     def _make(self) -> Batch:
-        loaded = next(self._loaded)
+        try:
+            loaded = next(self._loaded)
+        except RuntimeError as error:  # torch's word for a worker that is gone
+            if "DataLoader worker" not in str(error):
+                raise
+            raise StreamError(
+                f"a reading process died ({str(error).splitlines()[0]}): most likely memory or /dev/shm ran out; "
+                f"lower data.workers={self._settings.workers} or data.prefetch={self._settings.prefetch}"
+            ) from error
         if isinstance(loaded, StreamError):
             raise loaded
         for fault in loaded.faults:

@@ -22,7 +22,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> T
     targets = targets.detach()
     repeats = logits.shape[: logits.ndim - targets.ndim].numel()
     rows = targets.reshape(-1, targets.shape[-1])
-    flat = logits.reshape(repeats * len(rows), -1)
+    flat = logits.reshape(repeats * len(rows), logits.shape[-1])
     losses: Tensor = _SoftCrossEntropy.apply(flat, rows, 1 / temperature)  # type: ignore[no-untyped-call]
     return losses.view(logits.shape[:-1])
 

@@ -7,17 +7,32 @@ builds on torch's default device, here the meta device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from launch.settings import Settings
 from pretrain.loop import Method
-from pretrain.released import Source
 
-__all__ = ["States", "Trainable"]
+__all__ = ["Source", "States", "Trainable"]
 
 States = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 """Whole tensors on the CPU by network, part and name: states["teacher"]["backbone"]["cls_token"]."""
+
+
+class Source(Settings):
+    """Weights to start from; a plain path will do."""
+
+    path: Path = Field(description="run folder, checkpoint, export, or published DINOv3 or MedDINOv3 file")
+    step: int | None = Field(None, ge=0, description="step of a run's checkpoint; null: its newest")
+    heads: bool = Field(True, description="take the heads too, where the source has them")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_will_do(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str | Path) else data
 
 
 class Trainable(Method, Protocol):

@@ -18,11 +18,11 @@ from launch.settings import choice, plugins
 from pretrain.data.batch import Batch
 from pretrain.loop import Guard
 from pretrain.losses import Term, Views
-from pretrain.methods import States
+from pretrain.methods import Source, States
 from pretrain.models.vit import VitSettings
 from pretrain.models.vit import build as build_vit
 from pretrain.parallel import initialised
-from pretrain.released import Released, ReleasedError, Source, fit, read
+from pretrain.released import Released, ReleasedError, fit, read
 from pretrain.schedule import Schedule
 
 __all__ = ["GramTeacher", "SelfDistillation", "Settings", "build"]
@@ -47,9 +47,10 @@ class Settings(launch.settings.Settings):
 
     kind: Literal["self_distillation"] = "self_distillation"
     momentum: Schedule = Field(Schedule(peak=0.994), description="share of the EMA teacher that stays at each step")
-    terms: dict[str, Loss] = Field(
-        default=cast(Any, {"dino": {}, "ibot": {}, "koleo": {}}),
-        description="loss terms by name; the name is the kind unless one is given; null takes a term of the base away",
+    terms: dict[str, Loss | None] = Field(
+        default=cast(Any, {}),
+        description="loss terms by name, which is the kind unless one is given; dino, ibot and koleo are there without "
+        "being named; null takes one away",
     )
     gram_teacher: GramTeacher | None = Field(
         None, description="the Gram teacher; exactly the runs with a gram term have one"
@@ -62,15 +63,14 @@ class Settings(launch.settings.Settings):
             return terms
         return {
             name: {"kind": name, **term} if isinstance(term, Mapping) else term
-            for name, term in terms.items()
-            if term is not None
+            for name, term in {"dino": {}, "ibot": {}, "koleo": {}, **terms}.items()
         }
 
     @model_validator(mode="after")
     def _belong_together(self) -> Settings:
-        if not self.terms:
+        if not self.active:
             raise ValueError("terms: at least one loss term is needed")
-        gram = [name for name, term in self.terms.items() if getattr(term, "kind", "") == "gram"]
+        gram = [name for name, term in self.active.items() if getattr(term, "kind", "") == "gram"]
         if gram and self.gram_teacher is None:
             raise ValueError(
                 f"terms.{gram[0]} needs a Gram teacher: set gram_teacher.path to the run (and gram_teacher.step) whose "
@@ -79,6 +79,11 @@ class Settings(launch.settings.Settings):
         if self.gram_teacher is not None and not gram:
             raise ValueError("gram_teacher is given, but no gram term in terms would use it")
         return self
+
+    @property
+    def active(self) -> dict[str, launch.settings.Settings]:
+        """The terms that are there."""
+        return {name: term for name, term in self.terms.items() if term is not None}
 
 
 def build(settings: Settings, *, model: VitSettings, steps: int, guard: Guard) -> SelfDistillation:
@@ -112,7 +117,7 @@ class SelfDistillation:
             name: families[cast(Any, term).kind].build(
                 term, dim=backbone.dim, patch_size=backbone.patch_size, steps=self._steps
             )
-            for name, term in self._settings.terms.items()
+            for name, term in self._settings.active.items()
         }
         heads = {f"{name}_head": term.head for name, term in terms.items() if term.head is not None}
         return terms, nn.ModuleDict({"backbone": backbone, **heads})
@@ -183,7 +188,8 @@ class SelfDistillation:
             return
         done = step + 1
         if done % gram.update_every == 0 and done // gram.update_every <= gram.max_updates:
-            torch._foreach_copy_(list(self.gram_teacher.parameters()), list(self.teacher["backbone"].parameters()))
+            for old, new in zip(self.gram_teacher.parameters(), self.teacher["backbone"].parameters(), strict=True):
+                old.copy_(new)
 
     def exported(self) -> nn.Module:
         """The teacher's backbone."""

@@ -35,7 +35,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group]) -
     """softmax(q k^T / sqrt(d)) v within each sequence; tensors [T, heads, head dim] of all tokens."""
     assert q.shape[0] == offsets(groups)[-1], (q.shape, groups)
     if q.is_cuda and len(groups) > 1:
-        return _attend_blocks(q, k, v, tuple(groups))
+        return cast(Tensor, _attend_blocks(q, k, v, tuple(groups)))
     sizes = [group.sequences * group.length for group in groups]
     parts = zip(torch.split(q, sizes), torch.split(k, sizes), torch.split(v, sizes), groups, strict=True)
     attended: list[Tensor] = [_attend(*part) for part in parts]

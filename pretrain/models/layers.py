@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +14,16 @@ from pretrain.models.rope import Table, rotate
 __all__ = ["Attention", "Block", "KMaskedLinear", "LayerScale", "Mlp", "Packing", "SwiGlu"]
 
 
-@dataclass(frozen=True)
 class Packing:
     """Where the sequences of a stream are, and the positions of their patches.
 
-    A plain object on purpose: a sharded block casts the tensors among its arguments to its own precision, and would
-    make the angles as coarse as bf16; it does not look in here.
+    No dataclass and no tuple on purpose: a sharded block casts the tensors it finds in its arguments to its own
+    precision, which would make the angles as coarse as bf16, and it looks into those.
     """
 
-    groups: tuple[Group, ...]
-    tables: tuple[Table, ...]  # one a group
+    def __init__(self, groups: tuple[Group, ...], tables: tuple[Table, ...]) -> None:
+        self.groups = groups
+        self.tables = tables  # one a group
 
     def subset(self, counts: list[int]) -> Packing:
         """The packing of ``counts[g]`` sequences of each group."""

@@ -88,6 +88,8 @@ class Rope(nn.Module):
         """Sine and cosine [H*W, head dim] of a grid of ``height`` x ``width`` patches, rows first."""
         if self.training and self.augmented:
             return self._table(self._augment(self._coordinates(height, width)))
+        if torch.compiler.is_compiling():  # a graph keeps its own
+            return self._table(self._coordinates(height, width))
         periods = self.periods
         version = None if periods.is_inference() else periods._version  # loading weights writes in place
         key = (height, width, periods.dtype, periods.device, id(periods), version)

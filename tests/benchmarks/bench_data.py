@@ -32,7 +32,7 @@ def made_corpus(folder: Path) -> Path:
     """A corpus of phantoms as large as clinical slices."""
     phantom.write("folder", folder / "source", range(4), shape=(24, 512, 512), spacing=(5.0, 0.7, 0.7))
     settings = curate.Settings.model_validate(
-        {"folder": folder / "corpus", "datasets": [{"name": "folder", "root": folder / "source"}]}
+        {"folder": folder / "corpus", "datasets": [{"name": "folder", "root": folder / "source"}], "workers": 1}
     )
     open_run(settings.folder, settings, ["bench_data"])
     curate.main(settings)

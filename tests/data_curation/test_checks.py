@@ -16,7 +16,7 @@ LIMITS = Limits()
 
 def ct(shape: tuple[int, int, int] = (8, 64, 64), seed: int = 0) -> np.ndarray:
     """Air, skin and fat around soft tissue with a bone and a lung in it, and noise."""
-    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    _, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     radius = np.hypot(x * 1.1, y * 1.4)
     hu = np.full(shape, -1000.0)
     hu[radius < 0.9] = -100
@@ -62,7 +62,7 @@ def rng() -> np.random.Generator:
 
 def smooth(low: float, high: float, shape: tuple[int, int, int] = (8, 64, 64)) -> np.ndarray:
     """Broadly spread tissue on a dark background, as in MR."""
-    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    _, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     field = np.clip(1 - np.hypot(x, y), 0, None) + 0.1 * rng().random(shape)
     return np.rint(low + (high - low) * field / field.max()).astype(np.int16)
 

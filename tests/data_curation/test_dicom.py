@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,10 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
+from pydicom import uid
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import (
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    RLELossless,
-    generate_uid,
-)
 
-from data_curation import dicom
 from data_curation.volumes import Found, Volume, VolumeError, find, read
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -39,12 +31,12 @@ def pixels(z: float) -> np.ndarray:
 
 def slice_at(z: float, **changes: Any) -> FileDataset:
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID = changes.pop("syntax", ExplicitVRLittleEndian)
+    meta.TransferSyntaxUID = changes.pop("syntax", uid.ExplicitVRLittleEndian)
     meta.MediaStorageSOPClassUID = changes.get("SOPClassUID", CT)
     data = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     hu = changes.pop("hu", pixels(z))
     slope, intercept = changes.get("RescaleSlope", 1), changes.get("RescaleIntercept", -1024)
-    data.SOPClassUID, data.SOPInstanceUID = CT, generate_uid(entropy_srcs=[repr((z, sorted(changes.items())))])
+    data.SOPClassUID, data.SOPInstanceUID = CT, uid.generate_uid(entropy_srcs=[repr((z, sorted(changes.items())))])
     meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
     data.Modality, data.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
     data.PatientID, data.StudyInstanceUID, data.SeriesInstanceUID = "patient 7", "1.2.3", SERIES
@@ -160,7 +152,7 @@ def test_any_name_is_read_and_junk_is_counted(tmp_path: Path) -> None:
 
 def test_files_without_preamble_are_read(tmp_path: Path) -> None:
     for z in (0, 2, 4):
-        data = slice_at(z, syntax=ImplicitVRLittleEndian)
+        data = slice_at(z, syntax=uid.ImplicitVRLittleEndian)
         bare = pydicom.Dataset(data)
         bare.save_as(tmp_path / f"im{z}", implicit_vr=True, little_endian=True)
     np.testing.assert_array_equal(volume(tmp_path).hu, expected(0, 2, 4))
@@ -169,21 +161,17 @@ def test_files_without_preamble_are_read(tmp_path: Path) -> None:
 def test_run_length_and_deflated_files(tmp_path: Path) -> None:
     slices = [slice_at(z) for z in (0, 2, 4)]
     for data in slices:
-        data.compress(RLELossless)
+        data.compress(uid.RLELossless)
     np.testing.assert_array_equal(volume(write(tmp_path / "rle", *slices)).hu, expected(0, 2, 4))
     deflated = [slice_at(z, syntax="1.2.840.10008.1.2.1.99") for z in (0, 2, 4)]
     np.testing.assert_array_equal(volume(write(tmp_path / "deflated", *deflated)).hu, expected(0, 2, 4))
 
 
-@pytest.mark.parametrize(
-    ("syntax", "codec"),
-    [
-        (JPEGLosslessSV1, "ljpeg"),
-        (JPEGLSLossless, "jpegls"),
-        (JPEG2000Lossless, "jpeg2k"),
-    ],
-)
-def test_compressed_transfer_syntaxes(tmp_path: Path, syntax: str, codec: str) -> None:
+CODECS = {"ljpeg": uid.JPEGLosslessSV1, "jpegls": uid.JPEGLSLossless, "jpeg2k": uid.JPEG2000Lossless}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_compressed_transfer_syntaxes(tmp_path: Path, codec: str) -> None:
     options: dict[str, Any] = {"codecformat": "j2k", "reversible": True, "level": 0} if codec == "jpeg2k" else {}
     slices = []
     for z in (0, 2, 4):
@@ -191,7 +179,7 @@ def test_compressed_transfer_syntaxes(tmp_path: Path, syntax: str, codec: str) -
         stored = np.frombuffer(data.PixelData, np.uint16).reshape(SIZE, SIZE)
         data.PixelData = encapsulate([getattr(imagecodecs, f"{codec}_encode")(stored, **options)])
         data["PixelData"].VR = "OB"
-        data.file_meta.TransferSyntaxUID = syntax
+        data.file_meta.TransferSyntaxUID = CODECS[codec]
         slices.append(data)
     np.testing.assert_array_equal(volume(write(tmp_path, *slices)).hu, expected(0, 2, 4))
 
@@ -268,6 +256,18 @@ def test_gantry_tilt_keeps_slices_as_acquired(tmp_path: Path) -> None:
     assert result.notes == ("gantry tilt 20.0 degrees: slices kept as acquired",)
 
 
+def test_a_turned_reformat_is_resampled(tmp_path: Path) -> None:
+    """Unlike a tilted gantry, its slices lie straight behind each other."""
+    c, s = float(np.cos(0.3)), float(np.sin(0.3))
+    slices = [
+        slice_at(n, ImageOrientationPatient=[1, 0, 0, 0, c, s], ImagePositionPatient=[0, -s * 2 * n, c * 2 * n])
+        for n in range(5)
+    ]
+    result = volume(write(tmp_path, *slices))
+    assert result.notes[0] == "oblique by 17.2 degrees: resampled onto the patient's axes, linear"
+    assert result.hu.shape[0] > 5
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -281,14 +281,12 @@ def test_gantry_tilt_keeps_slices_as_acquired(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_ct_image_is_named(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-    text = (
-        refused(write(tmp_path, *(slice_at(z, **changes) for z in (0, 2, 4))), reason) if reason != "not_image" else ""
-    )
-    if reason == "not_image":
-        found = list(find(write(tmp_path, slice_at(0, **changes))))
-        assert {item.reason for item in found} == {"not_image"}
-    else:
-        assert text.startswith("3 files: ")
+    write(tmp_path, *(slice_at(z, **changes) for z in (0, 2, 4)))
+    found = list(find(tmp_path))
+    assert {item.reason for item in found} == {reason}
+    assert all(len(item.detail) > 20 for item in found)
+    with pytest.raises(VolumeError):
+        read(found[0])
 
 
 def test_damaged_files_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
@@ -311,20 +309,42 @@ def test_pixels_damaged_after_listing_are_refused_by_name(tmp_path: Path) -> Non
     assert caught.value.reason == "truncated"
 
 
-def test_only_the_identifiers_that_are_hashed_leave_the_headers(tmp_path: Path) -> None:
-    found = only(write(tmp_path, *(slice_at(z) for z in (0, 2, 4))))
-    assert "Somebody" not in repr(found)
-    assert "Somebody" not in repr(read(found).notes)
-
-
-def test_bytes_of_other_character_sets_stay_hashable(tmp_path: Path) -> None:
+def test_identifiers_are_few_and_hashable(tmp_path: Path) -> None:
+    """No name leaves the headers; bytes of other character sets become text."""
     slices = [slice_at(z, SpecificCharacterSet="ISO_IR 100", PatientID="Müller 1") for z in (0, 2, 4)]
     found = only(write(tmp_path, *slices))
     assert found.patient.encode("utf-8")
+    assert "Somebody" not in repr(found) + repr(read(found).notes)
 
 
-def test_first_bytes_tell_dicom(tmp_path: Path) -> None:
-    write(tmp_path, slice_at(0))
-    (tmp_path / "text").write_text("no" * 200)
-    assert dicom.looks_like(tmp_path / "0.dcm")
-    assert not dicom.looks_like(tmp_path / "text")
+def dataset(**values: Any) -> pydicom.Dataset:
+    made = pydicom.Dataset()
+    for key, value in values.items():
+        setattr(made, key, value)
+    return made
+
+
+def enhanced(places: Sequence[float], frames: Sequence[int]) -> FileDataset:
+    """One multi-frame Enhanced CT file; frame n of `frames` lies at places[n]."""
+    data = slice_at(0, SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1", ImageType=["ORIGINAL", "PRIMARY", "VOLUME", "NONE"])
+    for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
+        delattr(data, key)
+    (shared,) = data.SharedFunctionalGroupsSequence = [pydicom.Dataset()]
+    shared.PixelMeasuresSequence = [dataset(PixelSpacing=[0.8, 0.7], SliceThickness=2)]
+    shared.PlaneOrientationSequence = [dataset(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]
+    shared.PixelValueTransformationSequence = [dataset(RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU")]
+    planes = [dataset(ImagePositionPatient=[-10, -20, places[frame]]) for frame in frames]
+    data.PerFrameFunctionalGroupsSequence = [dataset(PlanePositionSequence=[plane]) for plane in planes]
+    data.NumberOfFrames = len(frames)
+    data.PixelData = np.stack([pixels(places[frame]) + 1024 for frame in frames]).astype(np.int16).tobytes()
+    return data
+
+
+def test_enhanced_ct(tmp_path: Path) -> None:
+    places = (0.0, 2.0, 4.0, 6.0)
+    for name, frames in {"up": (0, 1, 2, 3), "down": (3, 2, 1, 0)}.items():
+        result = volume(write(tmp_path / name, enhanced(places, frames)))
+        np.testing.assert_array_equal(result.hu, expected(*places))
+        assert result.spacing == pytest.approx((2, 0.8, 0.7))
+    refused(write(tmp_path / "shuffled", enhanced(places, (2, 0, 3, 1))), "not_a_volume")
+    refused(write(tmp_path / "uneven", enhanced((0, 2, 4, 20), (0, 1, 2, 3))), "not_a_volume")

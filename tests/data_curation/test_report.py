@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the index, a leak is found and said, hostile texts stay text, a half corpus is refused."""
+"""The report: its numbers are the index's, a leak is found and told, texts stay text, half a corpus is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import pytest
 from data_curation.index import SCHEMA, CorpusError, fingerprint
 from data_curation.phantom import make
 from data_curation.report import Settings, gather, main
-from data_curation.report_page import TILE, contact_sheet
+from data_curation.report_page import page
+from data_curation.report_pictures import TILE, contact_sheet
 from data_curation.slices import Slice, encode
 
 PATIENTS = [("chaos", "a", "train"), ("chaos", "b", "val"), ("msd_spleen", "c", "train"), ("<b>odd</b>", "d", "train")]
@@ -53,7 +54,9 @@ def corpus(folder: Path, **changes: object) -> Path:
 def save(folder: Path, rows: list[dict[str, object]]) -> Path:
     index = pa.Table.from_pylist(rows, SCHEMA)
     pq.write_table(index, folder / "index.parquet")
-    (folder / "corpus.json").write_text(json.dumps({"fingerprint": fingerprint(index), "seed": 3}))
+    (folder / "corpus.json").write_text(
+        json.dumps({"fingerprint": fingerprint(index), "datasets": {"<b>odd</b>": {"catalogue": "totalsegmentator"}}})
+    )
     refused = [("chaos", f"Train_Sets/{i}.dcm", "truncated", "cut short") for i in range(5)]
     refused.append(("folder", "<script>alert(1)</script>.nii", "not_ct", 'PET & "SUV"'))
     columns = zip(*refused, strict=True)
@@ -112,6 +115,8 @@ def test_report_is_one_sound_file_with_the_numbers(tmp_path: Path) -> None:
     assert "<b>odd" not in text
     assert "and 2 more in refused.csv" in text
     assert "Kavur A. E." in text
+    assert "Wasserthal J." in text  # under the name that corpus.json gives it in the catalogue
+    assert "Nothing was kept of folder (1 refused)" in text
     assert "prefers-color-scheme: dark" in text
     shape = imagecodecs.png_decode((folder / "report.png").read_bytes()).shape
     assert min(shape[:2]) > 600
@@ -131,6 +136,7 @@ def test_facts_are_those_of_the_index(tmp_path: Path) -> None:
     ]
     assert [(proof.shared, proof.total) for proof in facts.proofs] == [(0, 4), (0, 4), (0, 16), (0, 16)]
     assert [(r.reason, r.count, len(r.rows)) for r in facts.refusals] == [("truncated", 5, 5), ("not_ct", 1, 1)]
+    assert facts.refused == {"chaos": 5, "folder": 1}
     assert facts.depth["chaos"].tolist() == [4, 4]
     assert all(shares.sum() == pytest.approx(1) for shares in facts.hu.values())
     assert len(facts.tiles["msd_spleen"]) == 3
@@ -140,11 +146,9 @@ def test_facts_are_those_of_the_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("column", "what"), [("patient", "patients"), ("duplicate_group", "duplicate groups")])
 def test_a_leak_between_splits_is_found_and_told(tmp_path: Path, column: str, what: str) -> None:
-    folder = corpus(tmp_path / "corpus", **{column: "same"})
-    outcome = main(Settings(folder=folder))
-    assert not outcome.ok
-    assert f"1 {what} in more than one split" in outcome.next[0]
-    text = (folder / "report.html").read_text()
+    facts = gather(Settings(folder=corpus(tmp_path / "corpus", **{column: "same"})))
+    assert facts.wrong == (f"1 {what} in more than one split",)
+    text = page(facts)
     assert "breaks its own claims" in text
     assert "No patient, duplicate group" not in text
 

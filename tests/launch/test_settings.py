@@ -233,6 +233,8 @@ def test_a_choice_is_made_by_kind(tmp_path: Path) -> None:
     assert {name: term.model_dump()["width"] for name, term in got.terms.items()} == {"a": 2, "b": 1}
     assert load(WithDecoder, write(tmp_path / "dump.yaml", dump(got))) == got
     assert WithDecoder(decoder=got.decoder).decoder is got.decoder
+    part = load(WithDecoder, write(tmp_path / "part.yaml", "decoder: {width: 8}"))  # the kind is the default's
+    assert part.decoder.model_dump() == {"kind": "linear", "width": 8, "linear_only": 0.5}
 
 
 @pytest.mark.usefixtures("decoders")

@@ -6,8 +6,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launch.distributed import World, world
 from launch.log import Log
 from pretrain.checkpoint import Checkpoints, CheckpointSettings
-from pretrain.loop import Guard, LoopError, LoopSettings, Stop, step_seed, train
+from pretrain.loop import Ended, Guard, LoopError, LoopSettings, Stop, step_seed, train
 from pretrain.schedule import Schedule, Schedules
 from tests.gloo import run_ranks
 
@@ -42,6 +40,7 @@ class Line:
         nn.init.ones_(self.student["line"].weight)
         self.mean = self.student["line"].weight.detach().clone()
         self.guard = guard
+        self.ended = Ended(0)
         self.draws: list[Tensor] = []
 
     def loss(self, batch: Numbers, step: int) -> dict[str, Tensor]:
@@ -69,10 +68,22 @@ def numbers(start: int, spoilt: frozenset[int] = frozenset(), rank: int = 0) -> 
         step += 1
 
 
-def run(folder: Path, here: World = HERE, spoilt: frozenset[int] = frozenset(), every: int = 100, fused: bool = True, **loop: Any) -> Line:
+def run(
+    folder: Path,
+    here: World = HERE,
+    spoilt: frozenset[int] = frozenset(),
+    every: int = 100,
+    fused: bool = True,
+    **loop: Any,
+) -> Line:
     guard = Guard(here.device)
     method = Line(guard)
-    group = {"params": list(method.student.parameters()), "lr_multiplier": 1.0, "wd_multiplier": 1.0, "is_last_layer": False}
+    group = {
+        "params": list(method.student.parameters()),
+        "lr_multiplier": 1.0,
+        "wd_multiplier": 1.0,
+        "is_last_layer": False,
+    }
     optimizer = torch.optim.AdamW([group], lr=0.0, fused=fused)
     checkpoints = Checkpoints(folder, method, optimizer, here, CheckpointSettings(every=every))
     start = checkpoints.restore()
@@ -80,7 +91,8 @@ def run(folder: Path, here: World = HERE, spoilt: frozenset[int] = frozenset(), 
     log = Log(folder, settings.log_every, False, here.rank == 0, start)
     schedules = Schedules(Schedule(peak=0.1), Schedule(peak=0.0))
     try:
-        method.ended = train(method, numbers(start, spoilt, here.rank), optimizer, schedules, checkpoints, log, here, settings, guard=guard)  # type: ignore[attr-defined]  # fmt: skip
+        stream = numbers(start, spoilt, here.rank)
+        method.ended = train(method, stream, optimizer, schedules, checkpoints, log, here, settings, guard=guard)
     finally:
         log.close()
     return method
@@ -119,8 +131,8 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_are_named(tmp_path: Path) 
 
 def test_bad_steps_with_good_ones_between_do_not_stop_it(tmp_path: Path) -> None:
     method = run(tmp_path, steps=12, spoilt=frozenset({2, 3, 5, 6, 8, 9}), max_bad=3)
-    assert method.ended.step == 12  # type: ignore[attr-defined]
-    assert method.ended.skipped == 6  # type: ignore[attr-defined]
+    assert method.ended.step == 12
+    assert method.ended.skipped == 6
 
 
 def test_every_step_draws_from_its_own_seed(tmp_path: Path) -> None:
@@ -165,7 +177,12 @@ def test_the_device_is_read_at_logged_steps_only(tmp_path: Path) -> None:
 def test_validation_is_called_after_its_steps_and_logged(tmp_path: Path) -> None:
     guard = Guard(HERE.device)
     method = Line(guard)
-    group = {"params": list(method.student.parameters()), "lr_multiplier": 1.0, "wd_multiplier": 1.0, "is_last_layer": False}
+    group = {
+        "params": list(method.student.parameters()),
+        "lr_multiplier": 1.0,
+        "wd_multiplier": 1.0,
+        "is_last_layer": False,
+    }
     optimizer = torch.optim.AdamW([group], lr=0.0, fused=True)
     checkpoints = Checkpoints(tmp_path, method, optimizer, HERE, CheckpointSettings())
     log = Log(tmp_path, 100, False)
@@ -189,7 +206,7 @@ def test_a_signal_stops_at_a_step_boundary_saved_and_the_same_call_goes_on(tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(run.__globals__, "Line", Asked)
         stopped = run(asked)
-    assert (stopped.ended.step, stopped.ended.stopped_by) == (3, "SIGUSR2")  # type: ignore[attr-defined]
+    assert (stopped.ended.step, stopped.ended.stopped_by) == (3, "SIGUSR2")
     assert signal.getsignal(signal.SIGUSR2) == before
     assert (asked / "checkpoints" / "step_00000003").is_dir()
     resumed = run(asked)
@@ -197,10 +214,11 @@ def test_a_signal_stops_at_a_step_boundary_saved_and_the_same_call_goes_on(tmp_p
 
 
 def test_a_second_interrupt_does_not_wait() -> None:
-    with pytest.raises(KeyboardInterrupt), Stop() as stop:
+    with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.name == "SIGINT"
-        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def two_ranks(rank: int, size: int, folder: Path) -> tuple[list[float], int, str]:
@@ -215,7 +233,7 @@ def two_ranks(rank: int, size: int, folder: Path) -> tuple[list[float], int, str
     globals()["Line"] = Asked
     with world("cpu") as here:
         method = run(folder, here, frozenset({1, 2}), steps=100, log_every=2)
-        return method.mean.flatten().tolist(), method.ended.step, method.ended.stopped_by  # type: ignore[attr-defined]
+        return method.mean.flatten().tolist(), method.ended.step, method.ended.stopped_by
 
 
 def test_ranks_skip_and_stop_together(tmp_path: Path) -> None:
@@ -229,9 +247,3 @@ def test_ranks_skip_and_stop_together(tmp_path: Path) -> None:
     assert text.count("skipped: step 1, rank 0") == 1
     assert "slice1.0.0" in text
     assert metrics(tmp_path)[-1]["skipped"] == 2
-
-
-def test_nothing_is_imported_that_a_loop_does_not_need() -> None:
-    code = "import sys, pretrain.loop; print([m for m in ('monai', 'SimpleITK', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -32,20 +32,40 @@ ARRAYS = {
 }
 WARM = Schedule(start=0.04, peak=0.07, warmup=100_000)
 RECIPES: dict[str, dict[str, Any]] = {
-    "vitl_im1k_ws32": {"steps": 125_000, "batch": 2048, "lr": Schedule(peak=1e-3, end=1e-6, warmup=12_500, form="v1"),
-        "freeze": 1250, "wd": Schedule(peak=0.04, end=0.4, form="v1"), "momentum": Schedule(peak=0.992, end=1, form="v1"),
-        "teacher_temp": Schedule(start=0.04, peak=0.07, warmup=37_500, form="v1")},
-    "7b_pretrain_ws256": {"steps": 1_000_000, "batch": 4096, "lr": Schedule(peak=5e-5, warmup=100_000), "freeze": 5000,
-        "wd": Schedule(peak=0.04), "momentum": Schedule(peak=0.994), "teacher_temp": WARM},
-    "7b_gram_ws256": {"steps": 1_200_000, "batch": 4096, "lr": Schedule(peak=3e-5, warmup=100_000), "freeze": 5000,
-        "wd": Schedule(peak=0.04), "momentum": Schedule(peak=0.999), "teacher_temp": WARM,
+    "vitl_im1k_ws32": {
+        "run": {"steps": 125_000, "batch": 2048, "freeze": 1250},
+        "lr": Schedule(peak=1e-3, end=1e-6, warmup=12_500, form="v1"),
+        "wd": Schedule(peak=0.04, end=0.4, form="v1"),
+        "momentum": Schedule(peak=0.992, end=1, form="v1"),
+        "teacher_temp": Schedule(start=0.04, peak=0.07, warmup=37_500, form="v1"),
+    },
+    "7b_pretrain_ws256": {
+        "run": {"steps": 1_000_000, "batch": 4096, "freeze": 5000},
+        "lr": Schedule(peak=5e-5, warmup=100_000),
+        "wd": Schedule(peak=0.04),
+        "momentum": Schedule(peak=0.994),
+        "teacher_temp": WARM,
+    },
+    "7b_gram_ws256": {
+        "run": {"steps": 1_200_000, "batch": 4096, "freeze": 5000},
+        "lr": Schedule(peak=3e-5, warmup=100_000),
+        "wd": Schedule(peak=0.04),
+        "momentum": Schedule(peak=0.999),
+        "teacher_temp": WARM,
         "gram_loss_weight": Schedule(peak=0, end=2, warmup=1_000_000, cosine=1000),
-        "dino_local_loss_weight": Schedule(start=1, peak=1, end=0.5, warmup=1_000_000, cosine=1000)},
-    "7b_highres_ws256": {"steps": 30_000, "batch": 2048, "lr": Schedule(peak=0, end=1.25e-5, cosine=10_000), "freeze": 0,
-        "wd": Schedule(peak=0.04), "momentum": Schedule(peak=0.999), "teacher_temp": Schedule(peak=0.07),
-        "gram_loss_weight": Schedule(peak=1.5), "dino_local_loss_weight": Schedule(peak=0.5)},
-}  # fmt: skip
-RECIPES["vitl_im1k_ws1"] = RECIPES["vitl_im1k_ws32"] | {"batch": 64}
+        "dino_local_loss_weight": Schedule(start=1, peak=1, end=0.5, warmup=1_000_000, cosine=1000),
+    },
+    "7b_highres_ws256": {
+        "run": {"steps": 30_000, "batch": 2048, "freeze": 0},
+        "lr": Schedule(peak=0, end=1.25e-5, cosine=10_000),
+        "wd": Schedule(peak=0.04),
+        "momentum": Schedule(peak=0.999),
+        "teacher_temp": Schedule(peak=0.07),
+        "gram_loss_weight": Schedule(peak=1.5),
+        "dino_local_loss_weight": Schedule(peak=0.5),
+    },
+}
+RECIPES["vitl_im1k_ws1"] = RECIPES["vitl_im1k_ws32"] | {"run": {"steps": 125_000, "batch": 64, "freeze": 1250}}
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -63,9 +83,9 @@ def test_every_official_array_is_tested() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_official_recipes(name: str) -> None:
     recipe = dict(RECIPES[name])
-    steps, batch = recipe.pop("steps"), recipe.pop("batch")
-    settings = OptimSettings(lr=recipe.pop("lr"), weight_decay=recipe["wd"], freeze_last_layer=recipe.pop("freeze"))
-    schedules = settings.schedules(steps, batch)
+    run = recipe.pop("run")
+    settings = OptimSettings(lr=recipe.pop("lr"), weight_decay=recipe["wd"], freeze_last_layer=run["freeze"])
+    schedules = settings.schedules(run["steps"], run["batch"])
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.AdamW([
         {"params": [parameter], "lr_multiplier": 1.0, "wd_multiplier": 1.0, "is_last_layer": bool(last)}
@@ -76,7 +96,7 @@ def test_official_recipes(name: str) -> None:
         schedules.apply(optimizer, step)
         free, last = optimizer.param_groups
         assert free["weight_decay"] == last["weight_decay"]
-        values = {key: schedule.over(steps)(step) for key, schedule in recipe.items()}
+        values = {key: schedule.over(run["steps"])(step) for key, schedule in recipe.items()}
         for key, value in {**values, "lr": free["lr"], "last_layer_lr": last["lr"], "wd": free["weight_decay"]}.items():
             seen[key].append(value)
     assert {f"yaml_{name}.{key}" for key in (*seen, "idx")} == {

@@ -132,14 +132,16 @@ def test_transformers_agrees() -> None:
     hf = pytest.importorskip("transformers")
     for name in ("released", "7b"):
         ours = _scrambled(VARIANTS[name]).eval()
-        s = ours.settings
-        theirs = hf.DINOv3ViTModel(
-            hf.DINOv3ViTConfig(
-                hidden_size=64, num_hidden_layers=4, num_attention_heads=4, patch_size=16, num_register_tokens=4,
-                intermediate_size=256 if s.ffn == "mlp" else 128, use_gated_mlp=s.ffn != "mlp", hidden_act="gelu" if s.ffn == "mlp" else "silu",
-                query_bias=s.qkv_bias, key_bias=False, value_bias=s.qkv_bias, layer_norm_eps=s.norm_eps, layerscale_value=1.0, image_size=224,
-            )
-        ).eval()  # fmt: skip
+        gated = ours.settings.ffn != "mlp"
+        sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_register_tokens": 4}
+        biases = {"query_bias": not gated, "key_bias": False, "value_bias": not gated}
+        feed = {
+            "use_gated_mlp": gated,
+            "hidden_act": "silu" if gated else "gelu",
+            "intermediate_size": 128 if gated else 256,
+        }
+        others = {"patch_size": 16, "image_size": 224, "layer_norm_eps": 1e-5, "layerscale_value": 1.0}
+        theirs = hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**sizes, **biases, **feed, **others)).eval()
         theirs.load_state_dict(_for_transformers(ours.state_dict()))
         (image,) = _crops((2, 96, 160))
         mask = torch.rand(2, 60, generator=torch.Generator().manual_seed(3)) < 0.3
@@ -150,10 +152,13 @@ def test_transformers_agrees() -> None:
 
 def _for_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {
-        "cls_token": "embeddings.cls_token", "storage_tokens": "embeddings.register_tokens", "patch_embed.proj": "embeddings.patch_embeddings",
-        "blocks.": "model.layer.", "attn.proj": "attention.o_proj", "ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1",
-        "fc1": "up_proj", "fc2": "down_proj", "w1": "gate_proj", "w2": "up_proj", "w3": "down_proj",
-    }  # fmt: skip
+        "cls_token": "embeddings.cls_token",
+        "storage_tokens": "embeddings.register_tokens",
+        "blocks.": "model.layer.",
+    }
+    renamed |= {"patch_embed.proj": "embeddings.patch_embeddings", "attn.proj": "attention.o_proj"}
+    renamed |= {f"ls{i}.gamma": f"layer_scale{i}.lambda1" for i in (1, 2)}
+    renamed |= {"fc1": "up_proj", "fc2": "down_proj", "w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"}
     found = {}
     for key, value in state.items():
         if "periods" in key or "bias_mask" in key or key.startswith("local_cls_norm"):
@@ -168,7 +173,7 @@ def _for_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
                     found[name] = third
             continue
         for ours, theirs in renamed.items():
-            key = key.replace(ours, theirs) if not (ours == "w1" and "norm" in key) else key
+            key = key.replace(ours, theirs)
         found[key] = value
     return found
 

@@ -1,0 +1,387 @@
+"""`axial curate` from files to corpus: what is kept and refused, the same bytes for any workers and after any kill."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import data_curation.scan
+from data_curation.curate import CurateError, Settings, dry_run, main
+from data_curation.index import read_index
+from data_curation.pool import WorkerLost, each
+from launch.settings import SettingsError, load
+
+WriteScan = Any  # the fixture of conftest.py
+
+
+def settings(folder: Path, *roots: Path, name: str = "folder", **more: Any) -> Settings:
+    datasets = [{"name": name, "root": root, "id": f"set{i}", "licence": "CC0"} for i, root in enumerate(roots)]
+    given = {"shard_slices": 20, "split": {"train": 0.6, "val": 0.4}, "workers": 1, **more}
+    return Settings.model_validate({"folder": folder, "datasets": datasets, **given})
+
+
+def state(folder: Path) -> dict[str, str]:
+    """Hash of every file below the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def refused(folder: Path) -> dict[str, str]:
+    return {row["source"]: row["reason"] for row in pq.read_table(folder / "refused.parquet").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, scans: Path) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("expected") / "corpus"
+    assert main(settings(folder, scans)).ok
+    return state(folder)
+
+
+def test_what_a_corpus_holds(corpus: Path, scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(path.name for path in corpus.iterdir()) == [
+        "corpus.json", "index.parquet", "private", "refused.csv", "refused.parquet", "rows", "shards"
+    ]  # fmt: skip
+    facts = json.loads((corpus / "corpus.json").read_text())
+    assert (facts["slices"], facts["volumes"], facts["duplicate_slices"]) == (97, 11, 8)
+    assert set(refused(corpus)) == {"Broken/ct.nii.gz", "Empty/ct.nii.gz"}
+    lines = (corpus / "refused.csv").read_text().splitlines()
+    assert lines[0] == "dataset,source,reason,detail"
+    assert len(lines) == 3
+    names = {path.stem for path in (corpus / "shards").iterdir()}
+    assert names == {path.stem for path in (corpus / "rows").iterdir()}
+    assert names >= {"train-000000", "val-000000", "duplicates-000000"}
+    index = read_index(corpus)
+    assert set(index["licence"].to_pylist()) == {"CC0"}
+    assert index.schema.field("z").metadata[b"description"].startswith(b"slice number")
+    assert not list(corpus.rglob("*.slices"))
+
+
+def test_twins_share_group_and_split(corpus: Path) -> None:
+    sources = [line.split(",") for line in (corpus / "private" / "sources.csv").read_text().splitlines()]
+    first, twin = (next(line[0] for line in sources if name in line[2]) for name in ("Jane_Doe_3", "Twin_of_3"))
+    rows = [row for row in read_index(corpus).to_pylist() if row["volume"] in (first, twin)]
+    assert {row["duplicate_group"] for row in rows} == {first}
+    assert len({row["split"] for row in rows}) == 1
+    assert {row["duplicate"] for row in rows if row["volume"] == first} == {False}
+    assert {row["duplicate"] for row in rows if row["volume"] == twin} == {True}
+    assert {row["shard"] for row in rows if row["volume"] == twin} == {"duplicates-000000.tar"}
+
+
+def test_duplicates_can_be_dropped(tmp_path: Path, scans: Path) -> None:
+    assert main(settings(tmp_path / "corpus", scans, duplicates="drop")).ok
+    index = read_index(tmp_path / "corpus")
+    assert (len(index), sum(index["duplicate"].to_pylist())) == (89, 0)
+    row = next(
+        r for r in pq.read_table(tmp_path / "corpus" / "refused.parquet").to_pylist() if r["reason"] == "duplicate"
+    )
+    assert row["source"] == "Twin_of_3/ct.nrrd"
+    assert "Jane_Doe_3/ct.nii.gz" in row["detail"]
+
+
+def test_a_second_run_changes_and_reads_nothing(
+    tmp_path: Path, scans: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(settings(tmp_path / "corpus", scans))
+    assert state(tmp_path / "corpus") == expected
+    read: list[str] = []
+    honest = data_curation.scan.read
+    monkeypatch.setattr(data_curation.scan, "read", lambda found: (read.append(str(found.path)), honest(found))[1])
+    main(settings(tmp_path / "corpus", scans))
+    assert state(tmp_path / "corpus") == expected
+    assert not [path for path in read if "Jane" in path or "Twin" in path]
+
+
+def test_workers_do_not_change_the_bytes(tmp_path: Path, scans: Path, expected: dict[str, str]) -> None:
+    main(settings(tmp_path / "corpus", scans, workers=2))
+    assert state(tmp_path / "corpus") == expected
+
+
+@pytest.mark.parametrize("lost", ["a shard", "rows", "a short shard", "a scan", "the index", "everything but scans"])
+def test_what_is_lost_comes_back(tmp_path: Path, scans: Path, expected: dict[str, str], lost: str) -> None:
+    folder = tmp_path / "corpus"
+    main(settings(folder, scans))
+    shard = sorted((folder / "shards").iterdir())[1]
+    match lost:
+        case "a shard":
+            shard.unlink()
+        case "rows":
+            (folder / "rows" / f"{shard.stem}.parquet").unlink()
+        case "a short shard":
+            os.truncate(shard, 1000)
+        case "a scan":
+            next((folder / "private" / "scan").iterdir()).unlink()
+        case "the index":
+            (folder / "index.parquet").unlink()
+        case _:
+            shutil.rmtree(folder / "shards")
+            shutil.rmtree(folder / "rows")
+    (folder / "shards").mkdir(exist_ok=True)
+    (folder / "shards" / f".{shard.name}.99.part").write_bytes(b"left by a killed process")
+    main(settings(folder, scans))
+    assert state(folder) == expected
+
+
+# In a fresh interpreter without threads: fork, run the curation, be killed at the n-th flush to the disk or rename.
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+import SimpleITK, webdataset, imagecodecs, pandas, scipy.sparse.csgraph  # once, not in each child
+from data_curation.curate import Settings, main
+from launch.settings import load
+
+folder, config = sys.argv[1:3]
+for point in map(int, sys.argv[3:]):
+    child = os.fork()
+    if not child:
+        left = point
+        def fatal(name):
+            honest = getattr(os, name)
+            def call(*args, **more):
+                global left
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return honest(*args, **more)
+            setattr(os, name, call)
+        if point:
+            fatal("fsync"), fatal("replace"), fatal("unlink")
+        main(load(Settings, Path(config)))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(point, os.WTERMSIG(status), flush=True)
+    assert point or status == 0, status
+"""
+
+
+def test_kill_9_at_any_write_leads_to_the_same_bytes(tmp_path: Path, scans: Path, expected: dict[str, str]) -> None:
+    folder = tmp_path / "corpus"
+    config = tmp_path / "corpus.yaml"
+    config.write_text(settings(folder, scans).model_dump_json())  # JSON is YAML
+    points = [1, 2, 3, 4, 35, 36, 2, 3, 5, 4, 7, 8, 10, 12, 3, 4, 6]
+    command = [sys.executable, "-c", DRIVER, str(folder), str(config), *map(str, points), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+    killed = Counter(
+        line.split()[1] for line in done.stdout.splitlines() if len(line.split()) == 2 and line[0].isdigit()
+    )
+    assert killed["9"] >= 14
+    assert state(folder) == expected
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_time_with_workers(tmp_path: Path, scans: Path, expected: dict[str, str]) -> None:
+    folder, config = tmp_path / "corpus", tmp_path / "corpus.yaml"
+    config.write_text(settings(folder, scans, workers=2).model_dump_json())
+    code = (
+        "import sys\nfrom data_curation.curate import Settings, main, Path\nfrom launch.settings import load\n"
+        "if __name__ == '__main__':\n    main(load(Settings, Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(config)]
+    draw = random.Random(0)
+    for _ in range(12):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.5, 12))
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    assert state(folder) == expected
+
+
+def test_a_full_disk_is_one_clear_line_and_the_next_run_goes_on(
+    tmp_path: Path, scans: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, left = os.fsync, 9
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        honest(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device; make room .*'.*/corpus/private/scan/\w+\.\w+'"):
+        main(settings(tmp_path / "corpus", scans))
+    monkeypatch.undo()
+    main(settings(tmp_path / "corpus", scans))
+    assert state(tmp_path / "corpus") == expected
+
+
+def test_a_killed_worker_is_told_with_its_task() -> None:
+    with pytest.raises(
+        WorkerLost, match=r"killed.* in work: .*15.*run the same command again with fewer workers \(workers=1\)"
+    ):
+        list(each(signal.raise_signal, [signal.Signals(15)] * 2, 2, lambda task: str(int(task))))
+
+
+def test_an_error_in_a_worker_is_raised_as_it_was() -> None:
+    with pytest.raises(FileNotFoundError, match="/no/such/file"):
+        list(each(os.stat, ["/no/such/file", "/"], 2, str))
+
+
+def test_a_reader_that_fails_unexpectedly_costs_one_volume(
+    tmp_path: Path, write_scan: WriteScan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        write_scan(tmp_path / "in" / name / "ct.nii.gz", ord(name))
+    honest = data_curation.scan.read
+
+    def read(found: Any) -> Any:
+        if "/b/" in str(found.path):
+            raise ZeroDivisionError("no slope\nat all")
+        if "/c/" in str(found.path):
+            raise MemoryError
+        return honest(found)
+
+    monkeypatch.setattr(data_curation.scan, "read", read)
+    assert main(settings(tmp_path / "corpus", tmp_path / "in")).ok
+    rows = pq.read_table(tmp_path / "corpus" / "refused.parquet").to_pylist()
+    assert [(row["source"], row["reason"]) for row in rows] == [
+        ("b/ct.nii.gz", "unreadable"),
+        ("c/ct.nii.gz", "memory"),
+    ]
+    assert rows[0]["detail"] == "ZeroDivisionError: no slope at all"
+    monkeypatch.undo()
+    main(settings(tmp_path / "corpus", tmp_path / "in"))  # looked at again, for the cause may have passed
+    assert refused(tmp_path / "corpus") == {}
+
+
+def test_a_mended_file_is_read_again(tmp_path: Path, write_scan: WriteScan) -> None:
+    write_scan(tmp_path / "in" / "a" / "ct.nii.gz", 1)
+    write_scan(tmp_path / "in" / "b" / "ct.nii.gz", 2)
+    main(settings(tmp_path / "corpus", tmp_path / "in"))
+    before = read_index(tmp_path / "corpus")
+    write_scan(tmp_path / "in" / "b" / "ct.nii.gz", 3)
+    main(settings(tmp_path / "corpus", tmp_path / "in"))
+    after = read_index(tmp_path / "corpus")
+    assert len(set(before["sha256"].to_pylist()) & set(after["sha256"].to_pylist())) == 12
+    fresh = tmp_path / "fresh"
+    main(settings(fresh, tmp_path / "in"))
+    assert state(fresh) == state(tmp_path / "corpus")
+    shutil.rmtree(tmp_path / "in" / "b")
+    main(settings(tmp_path / "corpus", tmp_path / "in"))
+    assert len(read_index(tmp_path / "corpus")) == 12
+
+
+def test_held_out_cases_and_their_copies_stay_out(tmp_path: Path, write_scan: WriteScan) -> None:
+    spleen = tmp_path / "Task09_Spleen"
+    hu = {number: write_scan(spleen / "imagesTr" / f"spleen_{number}.nii.gz", number) for number in (1, 2)}
+    secret = write_scan(spleen / "imagesTs" / "spleen_3.nii.gz", 3)
+    write_scan(
+        tmp_path / "other" / "repackaged" / "ct.nii.gz",
+        hu=np.concatenate([secret[4:].clip(-1000, 1000), hu[1][:1] + 3]),
+    )
+    datasets = [{"name": "msd_spleen", "root": spleen}, {"name": "folder", "root": tmp_path / "other"}]
+    given = {"datasets": datasets, "workers": 1}
+    main(Settings.model_validate({"folder": tmp_path / "corpus", **given}))
+    assert set(read_index(tmp_path / "corpus")["dataset"].to_pylist()) == {"msd_spleen"}
+    assert len(read_index(tmp_path / "corpus")) == 24
+    rows = pq.read_table(tmp_path / "corpus" / "refused.parquet").to_pylist()
+    assert [(row["source"], row["reason"]) for row in rows] == [
+        ("imagesTs/spleen_3.nii.gz", "held_out"),
+        ("repackaged/ct.nii.gz", "held_out_related"),
+    ]
+    assert "msd_spleen: imagesTs/spleen_3.nii.gz" in rows[1]["detail"]
+    main(Settings.model_validate({"folder": tmp_path / "all", **given, "include_held_out": True}))
+    index = read_index(tmp_path / "all")
+    assert len(index) == 45
+    assert set(index["held_out"].to_pylist()) == {"", "official test set"}
+
+
+def test_two_data_sets_need_two_names(tmp_path: Path, scans: Path) -> None:
+    datasets = [{"name": "folder", "root": scans}, {"name": "folder", "root": tmp_path}]
+    with pytest.raises(ValueError, match="two data sets are called folder: give each its own `id:`"):
+        Settings.model_validate({"folder": tmp_path, "datasets": datasets})
+
+
+def test_the_salt_changes_every_name(tmp_path: Path, write_scan: WriteScan) -> None:
+    write_scan(tmp_path / "in" / "a" / "ct.nii.gz")
+    names = []
+    for salt in ("", "pepper"):
+        main(settings(tmp_path / f"corpus{salt}", tmp_path / "in", salt=salt))
+        index = read_index(tmp_path / f"corpus{salt}")
+        names.append({index[name][0].as_py() for name in ("volume", "patient", "study")})
+    assert not names[0] & names[1]
+    assert "pepper" not in (tmp_path / "corpuspepper" / "corpus.json").read_text()
+
+
+def test_a_missing_root_stops_before_any_work(tmp_path: Path, scans: Path) -> None:
+    with pytest.raises(CurateError, match=rf"set1: {tmp_path}/none is not a folder"):
+        main(settings(tmp_path / "corpus", scans, tmp_path / "none"))
+    assert not list((tmp_path / "corpus" / "private" / "scan").iterdir())
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match=r"no CT image found below .*bare"):
+        main(settings(tmp_path / "corpus", scans, tmp_path / "bare"))
+    assert not list((tmp_path / "corpus" / "private" / "scan").iterdir())
+
+
+def test_nothing_kept_is_not_ok(tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "ct.nii.gz").write_bytes(b"no image at all")
+    outcome = main(settings(tmp_path / "corpus", tmp_path / "in"))
+    assert not outcome.ok
+    assert "refused.csv" in outcome.next[0]
+    assert len(read_index(tmp_path / "corpus")) == 0
+    assert set(refused(tmp_path / "corpus")) == {"a/ct.nii.gz"}
+
+
+def test_two_at_a_time_are_refused(tmp_path: Path, scans: Path) -> None:
+    import fcntl
+
+    folder = tmp_path / "corpus"
+    (folder / "private").mkdir(parents=True)
+    with open(folder / "private" / "lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(CurateError, match="another `axial curate` is at work"):
+            main(settings(folder, scans))
+
+
+def test_wrong_settings_are_all_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(
+        "folder: x\ndatasets: [{name: fodler, root: y}]\nsplit: {train: 0.9, val: 0.9}\ncodec: pkl\nshard_slices: 0\n"
+    )
+    with pytest.raises(SettingsError) as caught:
+        load(Settings, tmp_path / "bad.yaml")
+    for part in (
+        "no data set is called 'fodler'",
+        "train + val must be 1",
+        "no codec 'pkl'",
+        "shard_slices",
+        "bad.yaml:5",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path, scans: Path) -> None:
+    assert (
+        dry_run(settings(tmp_path / "corpus", scans))
+        == "set0: 13 volumes to read, 0 files refused by their place or header"
+    )
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_real_scans(tmp_path: Path, real_ct: Path) -> None:
+    """A slice of the real folder: DICOM and NIfTI of one patient, MR, PET, masks."""
+    main(settings(tmp_path / "corpus", real_ct / "sts_002_multimodal"))
+    index = read_index(tmp_path / "corpus")
+    assert (len(index), sum(index["duplicate"].to_pylist())) == (96, 48)
+    assert set(index["n_slices"].to_pylist()) == {48}
+    assert len(set(index["split"].to_pylist())) == len(set(index["duplicate_group"].to_pylist())) == 1
+    reasons = refused(tmp_path / "corpus")
+    assert reasons["MR_T1_image.nii.gz"] == reasons["PET_image.nii.gz"] == "not_ct"
+    assert reasons["CT_mask.nii.gz"] == "label"

@@ -1,0 +1,210 @@
+"""The command line: what it takes, what it says when it is mistaken, and the files it leaves."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import cli
+from launch.cli import VERBS, Verb, main
+from launch.executors import resolve
+from launch.run import Outcome
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setitem(VERBS, "toy", Verb("a toy", "toy_verb:main", "toy_verb:Settings", run=True))
+    monkeypatch.chdir(tmp_path)
+
+
+def outcome(folder: str = "a") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(folder, "outcome.json").read_text())
+    return found
+
+
+def test_a_run_from_the_shell_to_its_files(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("toy.yaml").write_text("folder: a\nsteps: 3\n")
+    assert main(["toy", "toy.yaml", "steps=4"]) == 0
+    assert capsys.readouterr().out == "made: a toy\nnext: play with it\n"
+    assert "steps: 4" in Path("a/settings.yaml").read_text()
+    [start] = json.loads(Path("a/run.json").read_text())["starts"]
+    assert start["command"] == ["axial", "toy", "toy.yaml", "steps=4"]
+    assert outcome() | {"at": ""} == {
+        "state": "done", "at": "", "made": ["a toy"], "next": ["play with it"], "error": "",
+    }  # fmt: skip
+    assert main(["toy", "a/settings.yaml"]) == 0  # the folder's own settings are a valid CONFIG
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "line", "state"),
+    [
+        ("not_ok", 1, "", "failed"),
+        ("mistake", 2, "axial toy: the toy is misused in toy.yaml\n", "failed"),
+        ("disk", 2, "axial toy: No space left on device: shard.tar\n", "failed"),
+        ("stopped", 130, "axial toy: stopped by SIGTERM after step 3\n", "stopped"),
+        (
+            "broken",
+            2,
+            "axial toy: needs the Python package package_that_is_not_there, which is not installed\n",
+            "failed",
+        ),
+    ],
+)
+def test_each_end_has_its_code_and_its_line(
+    capsys: pytest.CaptureFixture[str], mode: str, code: int, line: str, state: str
+) -> None:
+    assert main(["toy", "folder=a", f"mode={mode}"]) == code
+    assert capsys.readouterr().err == line
+    assert outcome()["state"] == state
+    assert outcome()["error"] == line.removeprefix("axial toy: ").strip()
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="the toy is broken"):
+        main(["toy", "folder=a", "mode=bug"])
+    assert (outcome()["state"], outcome()["error"]) == ("failed", "RuntimeError: the toy is broken")
+
+
+def test_debug_shows_the_traceback_of_a_users_mistake() -> None:
+    with pytest.raises(ValueError, match="misused"):
+        main(["toy", "folder=a", "mode=mistake", "--debug"])
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(settings: Any) -> Outcome:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("toy_verb.main", interrupt)
+    assert main(["toy", "folder=a"]) == 130
+    assert capsys.readouterr().err == "axial toy: interrupted; the same command goes on\n"
+    assert outcome()["state"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["pretrian"], "axial: no such verb 'pretrian'; did you mean 'pretrain'?"),
+        (["toy", "--dryrun"], "axial: no such option --dryrun; did you mean '--dry-run'?"),
+        (["toy", "--on"], "axial: --on needs the path of a cluster file"),
+        (["toy", "a.yaml", "b.yaml"], "axial: one CONFIG is expected, got a.yaml and b.yaml; settings"),
+        (["toy", "none.yaml"], "axial toy: no such settings file none.yaml"),
+        (["toy", "folder=a", "stps=3"], "axial toy: 1 wrong setting(s) for toy_verb:\n  stps: no such setting"),
+        (["toy", "folder=a", "--on", "nope.yaml"], "axial toy: no such settings file nope.yaml"),
+        (["status", "--on", "here.yaml"], "axial status: status is quick and runs here; --on is for curate"),
+        (["toy", "folder=file/run"], "axial toy: file is a file, so file/run cannot be the run folder"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_told_what_is_wrong(capsys: pytest.CaptureFixture[str], words: list[str], text: str) -> None:
+    Path("file").write_text("")
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(text)
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+def test_a_folder_with_other_settings_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["toy", "folder=a"]) == 0
+    assert main(["toy", "folder=a", "steps=2"]) == 0  # how long may change
+    assert main(["toy", "folder=a", "rank=1"]) == 2
+    err = capsys.readouterr().err
+    assert "axial toy: a holds a run with other settings" in err
+    assert "+rank: 1" in err
+    assert outcome()["state"] == "done"  # the refused start leaves no mark
+
+
+def test_dry_run_shows_and_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["toy", "--dry-run", "folder=a", "mode=bug"]) == 0
+    out = capsys.readouterr().out
+    assert "folder: a\nmode: bug\n" in out
+    assert "would be bug" in out
+    assert not Path("a").exists()
+
+
+def test_here_is_called_directly_from_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def target(settings: Any) -> Outcome:
+        seen.extend(frame.name for frame in traceback.extract_stack() if frame.filename == cli.__file__)
+        return Outcome()
+
+    monkeypatch.setattr("toy_verb.main", target)
+    assert main(["toy", "folder=a"]) == 0
+    assert main(["toy", "folder=b", "--on", "here.yaml"]) == 0
+    assert seen == ["main", "main"]
+
+
+def test_elsewhere_the_same_words_do(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("two.yaml").write_text("kind: processes\nprocesses: 2\n")
+    assert main(["toy", "folder=a", "--on=two.yaml"]) == 0
+    assert capsys.readouterr().out == "made: a toy\nnext: play with it\n"
+    assert Path("a/was_here_1").exists()
+    assert main(["toy", "folder=b", "mode=bug", "rank=1", "--on=two.yaml"]) == 1
+    err = capsys.readouterr().err
+    assert "raise RuntimeError" in err
+    assert err.endswith("axial toy: rank 1 of 2: RuntimeError: the toy is broken\n")
+    assert outcome("b") | {"at": ""} == {
+        "state": "failed", "at": "", "made": [], "next": [], "error": "rank 1 of 2: RuntimeError: the toy is broken",
+    }  # fmt: skip
+    assert main(["toy", "folder=c", "mode=mistake", "rank=1", "--on=two.yaml"]) == 2
+
+
+def test_under_torchrun_only_rank_zero_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    Path("a").mkdir()
+    assert main(["toy", "folder=a"]) == 0
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in Path("a").iterdir()] == ["was_here_1"]
+
+
+def test_help_lists_verbs_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out and verb.meaning in out for name, verb in VERBS.items())
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    capsys.readouterr()
+    assert main(["status", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "folder  path, default .\n" in out
+    assert "how many folders deep" in out
+
+
+def test_every_verb_names_a_main_of_one_argument_and_settings_with_a_folder() -> None:
+    for name, verb in VERBS.items():
+        model, target = resolve(verb.settings), resolve(verb.main)
+        assert "folder" in model.model_fields, name
+        assert len(inspect.signature(target).parameters) == 1, name
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-u", "-c", "import sys, launch.cli; sys.exit(launch.cli.main(['--help']))"],
+            stdout=pipe, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, "axial: nobody reads the output any more\n")
+
+
+def test_the_command_line_starts_without_the_heavy_packages() -> None:
+    code = (
+        "import sys, launch.cli\nassert launch.cli.main(['--help']) == 0\n"
+        "heavy = {'torch', 'SimpleITK', 'monai', 'matplotlib', 'pyarrow', 'submitit', 'tensorboard', 'rich', 'numpy'}\n"
+        "found = heavy & set(sys.modules)\nassert not found, found\nassert len(sys.modules) < 600, len(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)

@@ -1,0 +1,204 @@
+"""The run folder: what it records, what it refuses, and what it says when it cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from launch import run
+from launch.run import Outcome, RunError, Stopped, alive, close_run, note_start, open_run, read_json, say, write_text
+from launch.settings import Settings, load
+
+
+class Data(Settings):
+    seed: int = 7
+    workers: int = 2
+
+
+class Run(Settings):
+    folder: Path
+    steps: int = Field(10, gt=0)
+    lr: float = 1e-3
+    data: Data = Data()
+
+
+def starts(folder: Path) -> list[dict[str, object]]:
+    found = json.loads((folder / "run.json").read_text())["starts"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_a_new_folder_holds_settings_and_origin(tmp_path: Path) -> None:
+    settings = Run(folder=tmp_path / "deep/run")
+    assert open_run(settings.folder, settings, ["axial", "toy", "lr=1"]) == settings.folder
+    assert load(Run, settings.folder / "settings.yaml") == settings
+    [start] = starts(settings.folder)
+    assert start["command"] == ["axial", "toy", "lr=1"]
+    assert start["seeds"] == {"data.seed": 7}
+    assert start["pid"] == os.getpid()
+    versions = start["versions"]
+    assert isinstance(versions, dict)
+    assert versions["python"] == sys.version.split()[0]
+    assert versions["pydantic"]
+    assert sorted(path.name for path in settings.folder.iterdir()) == ["run.json", "settings.yaml"]
+
+
+def test_the_same_settings_go_on_and_each_start_is_noted(tmp_path: Path) -> None:
+    settings = Run(folder=tmp_path)
+    open_run(tmp_path, settings, ["one"])
+    close_run(tmp_path, "failed", error="x")
+    open_run(tmp_path, settings, ["two"])
+    assert [start["command"] for start in starts(tmp_path)] == [["one"], ["two"]]
+    assert not (tmp_path / "outcome.json").exists()
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    open_run(tmp_path, Run(folder=tmp_path), [])
+    before = (tmp_path / "settings.yaml").read_text()
+    with pytest.raises(RunError) as caught:
+        open_run(tmp_path, Run(folder=tmp_path, lr=0.5, steps=20), [], free=["steps"])
+    lines = str(caught.value).splitlines()
+    assert f"{tmp_path} holds a run with other settings" in lines[0]
+    assert "-lr: 0.001" in lines
+    assert "+lr: 0.5" in lines
+    assert not any("steps" in line for line in lines)
+    assert (tmp_path / "settings.yaml").read_text() == before
+    assert len(starts(tmp_path)) == 1
+
+
+def test_free_settings_may_change_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_run(Path("a"), Run(folder=Path("a")), [])
+    longer = Run(folder=tmp_path / "a", steps=20, data=Data(workers=8))
+    open_run(longer.folder, longer, [], free=["steps", "data.workers"])
+    assert load(Run, Path("a/settings.yaml")) == longer
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    settings = Run(folder=tmp_path)
+    open_run(tmp_path, settings, [])
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        record = json.loads((tmp_path / "run.json").read_text())
+        record["starts"][-1] |= {"pid": other.pid, "ticks": run._ticks(other.pid)}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        assert alive(record["starts"][-1])
+        with pytest.raises(RunError, match=f"being worked in by process {other.pid}"):
+            open_run(tmp_path, settings, [])
+        other.communicate(b"\n")
+    assert alive(record["starts"][-1]) is False
+    open_run(tmp_path, settings, [])
+    # Another process that got the same number, and another machine's process.
+    assert alive({**record["starts"][-1], "pid": os.getpid(), "ticks": 1}) is False
+    assert alive({**record["starts"][-1], "host": "elsewhere"}) is None
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(RunError, match=r"file is a file, so .* cannot be the run folder; choose another folder="):
+            open_run(folder, Run(folder=folder), [])
+
+
+def test_a_folder_that_cannot_be_made() -> None:
+    with pytest.raises(RunError, match="cannot make the run folder /proc/none/run: No such file"):
+        open_run(Path("/proc/none/run"), Run(folder=Path("x")), [])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_disk_that_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(number: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(RunError, match=f"cannot write .*settings.yaml: {os.strerror(code)}$"):
+        open_run(tmp_path, Run(folder=tmp_path), [])
+    assert list(tmp_path.iterdir()) == []
+    close_run(tmp_path, "failed", error="the real one")  # says nothing of its own: it must not hide the real one
+    with pytest.raises(RunError, match=r"outcome\.json"):
+        close_run(tmp_path, "done")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "does not hold a JSON object"), ("{}", "not a record of starts")],
+)
+def test_a_spoilt_record_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError, match=f"run.json.* ?{message}.*move it away"):
+        open_run(tmp_path, Run(folder=tmp_path), [])
+
+
+def test_a_job_of_a_cluster_is_noted(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no start to note"):
+        note_start(tmp_path, job="12")
+    open_run(tmp_path, Run(folder=tmp_path), [])
+    note_start(tmp_path, job="12", waiting=True)
+    assert (starts(tmp_path)[-1]["job"], starts(tmp_path)[-1]["pid"]) == ("12", None)
+    note_start(tmp_path, job="12")
+    assert (starts(tmp_path)[-1]["job"], starts(tmp_path)[-1]["pid"]) == ("12", os.getpid())
+
+
+def test_outcome_is_noted(tmp_path: Path) -> None:
+    close_run(tmp_path, "done", Outcome(made=("a",), next=("b", "c")))
+    found = read_json(tmp_path / "outcome.json")
+    assert found is not None
+    assert {key: found[key] for key in ("state", "made", "next", "error")} == {
+        "state": "done", "made": ["a"], "next": ["b", "c"], "error": "",
+    }  # fmt: skip
+
+
+def test_write_text_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(RunError, match="No space left"):
+        write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("wrong"), "wrong"),
+        (FileNotFoundError(2, "No such file or directory", "x.nii"), "No such file or directory: x.nii"),
+        (OSError("plain"), "plain"),
+        (MemoryError(), "out of memory"),
+        (MemoryError("8 GiB"), "out of memory. 8 GiB"),
+        (ValueError(), "ValueError"),
+        (RuntimeError("boom"), "RuntimeError: boom"),
+        (Stopped("stopped by SIGTERM after step 3"), "stopped by SIGTERM after step 3"),
+    ],
+)
+def test_errors_are_said_in_one_line(error: BaseException, text: str) -> None:
+    assert say(error) == text
+
+
+def test_stopped_knows_its_signal() -> None:
+    assert Stopped("stopped by SIGUSR2 after step 3").signal == "SIGUSR2"
+    assert Stopped("stopped by another rank").signal == ""
+
+
+def test_commit_of_a_checkout_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=tmp_path, check=True)
+
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/run.py").write_text("")
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "launch/run.py"))
+    assert run._origin()["git"] == {"sha": None, "dirty": None}
+    git("init", "-q")
+    assert run._origin()["git"] == {"sha": None, "dirty": None}  # a checkout, but not of this code
+    git("add", ".")
+    git("commit", "-q", "-m", "x")
+    clean = run._origin()["git"]
+    assert len(clean["sha"]) == 40
+    assert clean["dirty"] is False
+    (tmp_path / "launch/run.py").write_text("changed")
+    assert run._origin()["git"] == {"sha": clean["sha"], "dirty": True}
