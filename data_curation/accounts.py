@@ -103,8 +103,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def summary(facts: Mapping[str, Any], took: float) -> str:
-    """What a user reads at the end: each data set, why files were refused, splits, speed."""
+def summary(facts: Mapping[str, Any], read: int, took: float) -> str:
+    """What a user reads at the end: each data set, why files were refused, splits, speed; `read` slices in `took` s."""
     lines = [f"{'data set':24}{'kept':>8}{'slices':>12}  refused"]
     for name, one in facts["datasets"].items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in one["refused"].items()) or "none"
@@ -113,5 +113,6 @@ def summary(facts: Mapping[str, Any], took: float) -> str:
     lines.append(
         f"slices: {splits}; {facts['duplicate_slices']:,} seen before; fingerprint {facts['fingerprint'][:16]}"
     )
-    lines.append(f"{duration(took)}, {rate(facts['slices'] / max(took, 1e-9))} slices/s")
+    speed = f", {read:,} slices read, {rate(read / max(took, 1e-9))} slices/s" if read else ", all scans were known"
+    lines.append(duration(took) + speed)
     return "\n".join(lines)

@@ -24,8 +24,8 @@ __all__ = ["Limits", "Verdict", "check", "repair"]
 class Limits(Settings):
     """What a volume must satisfy to enter the corpus."""
 
-    min_slices: int = Field(3, ge=1, description="fewest axial slices")
-    min_side: int = Field(32, ge=1, description="fewest pixels along either side of a slice")
+    min_slices: int = Field(2, ge=1, description="fewest axial slices")
+    min_side: int = Field(16, ge=1, description="fewest pixels along either side of a slice: one patch of a ViT/16")
     min_spacing: float = Field(0.1, gt=0, description="smallest voxel side, mm")
     max_pixel: float = Field(8.0, gt=0, description="largest pixel side in a slice, mm")
     max_slice_spacing: float = Field(25.0, gt=0, description="largest distance between slices, mm")

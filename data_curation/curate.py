@@ -134,10 +134,13 @@ def main(settings: Settings) -> Outcome:
         for part in (Path(), Path("shards"), Path("rows"), SCAN, Path("private")):
             sweep(folder / part)
         tasks, refused = _gather(settings)
-        scans = _scan_all(folder, tasks, workers)
+        scans = _known(folder, tasks)
+        new = [task for task in tasks if task.volume not in scans]
+        _scan(folder, new, scans, workers)
         planned = _plan(settings, folder, tasks, scans, refused)
         _write_all(folder, planned, tasks, scans, workers)
-        return _finish(settings, tasks, planned, refused, time.monotonic() - start)
+        read = sum(scans[task.volume].slices for task in new)
+        return _finish(settings, tasks, planned, refused, (read, time.monotonic() - start))
 
 
 @contextmanager
@@ -208,8 +211,8 @@ def _named(task: ScanTask) -> str:
     return f"{task.dataset}: {task.case.source}"
 
 
-def _scan_all(folder: Path, tasks: Sequence[ScanTask], workers: int) -> dict[str, Scan]:
-    """A verdict on every volume; those of earlier runs stand where neither files nor rules have changed."""
+def _known(folder: Path, tasks: Sequence[ScanTask]) -> dict[str, Scan]:
+    """The verdicts of earlier runs that stand, since neither files nor rules have changed. All others are removed."""
     volumes = {task.volume for task in tasks}
     for path in (folder / SCAN).iterdir():
         if path.name.partition(".")[0] not in volumes:
@@ -219,7 +222,6 @@ def _scan_all(folder: Path, tasks: Sequence[ScanTask], workers: int) -> dict[str
         known = read_scan(folder, task.volume)
         if known is not None and known.stamp == task.stamp and not known.again:
             scans[task.volume] = known
-    _scan(folder, [task for task in tasks if task.volume not in scans], scans, workers)
     return scans
 
 
@@ -293,7 +295,7 @@ def _restore(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], wo
 
 
 def _finish(
-    settings: Settings, tasks: Sequence[ScanTask], planned: Plan, refused: list[Refused], took: float
+    settings: Settings, tasks: Sequence[ScanTask], planned: Plan, refused: list[Refused], speed: tuple[int, float]
 ) -> Outcome:
     """Index, lists and the summary."""
     folder = settings.folder
@@ -307,7 +309,7 @@ def _finish(
     facts = count(index, datasets, refused)
     rules = settings.model_dump(mode="json", include={"limits", "slices", "duplicates", "include_held_out", "codec"})
     write_corpus(folder, {**facts, "rules": rules, "seed": settings.seed})
-    print(summary(facts, took), flush=True)
+    print(summary(facts, *speed), flush=True)
     if not len(index):
         return Outcome((), (f"every file was refused: read {folder / 'refused.csv'}",), ok=False)
     what = f"{facts['slices']:,} slices of {facts['volumes']:,} volumes in {len(planned.shards)} shards"

@@ -21,8 +21,8 @@ from launch.settings import Settings
 __all__ = [
     "BODY_HU",
     "CODECS",
-    "DEFAULT_CODEC",
     "Codec",
+    "DEFAULT_CODEC",
     "Slice",
     "SliceError",
     "SliceRule",

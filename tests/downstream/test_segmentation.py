@@ -1,0 +1,107 @@
+"""Patches are where they should be, distortions keep their promises, and the loss is nnU-Net's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from downstream.augment import Augmentation, Placement, cut, distort, off, place
+from downstream.decoders import linear
+from downstream.model import build
+from downstream.segmentation import Patches, Segmentation, parameter_groups
+from pretrain.models.vit import VitSettings
+from pretrain.models.vit import build as build_vit
+
+HU = np.random.default_rng(0).integers(-900, 900, (40, 60)).astype(np.int16)
+LABEL = (HU > 0).astype(np.uint8)
+
+
+def method(freeze: bool = False) -> Segmentation:
+    torch.manual_seed(0)
+    vit = VitSettings(size="custom", width=24, depth=2, heads=2, patch_size=8, in_channels=1)
+    return Segmentation(build(build_vit(vit), linear.Settings(), 3), freeze)
+
+
+def test_a_plain_patch_is_a_copy_and_what_lies_outside_is_air() -> None:
+    image, label = cut(HU, LABEL, 16, Placement((20, 30)))
+    assert np.array_equal(image.numpy(), HU[12:28, 22:38])
+    assert np.array_equal(label.numpy(), LABEL[12:28, 22:38])
+    image, label = cut(HU, LABEL, 64, Placement((20, 30)))
+    assert np.array_equal(image.numpy()[12:52, 2:62], HU)
+    assert (image[:12] == -1000).all()
+    assert (label[:12] == 0).all()
+    flipped, _ = cut(HU, LABEL, 16, Placement((20, 30), mirror=(True, False)))
+    assert np.array_equal(flipped.numpy(), HU[12:28, 22:38][::-1])
+
+
+def test_turning_and_scaling_sample_the_same_places() -> None:
+    where = Placement((20.0, 30.0), angle=math.pi / 2)
+    image, label = cut(HU, LABEL, 16, where)
+    assert np.allclose(image.numpy(), np.rot90(HU[12:28, 22:38], 1), atol=0.1) or np.allclose(
+        image.numpy(), np.rot90(HU[12:28, 22:38], -1), atol=0.1
+    )
+    turned = np.array_equal(label.numpy(), (image.numpy() > 0.5).astype(np.int64))
+    assert turned, "image and label turn together"
+    smooth = np.add.outer(np.arange(40), 2 * np.arange(60)).astype(np.int16)
+    twice, _ = cut(smooth, LABEL, 16, Placement((20, 30), scale=2.0))
+    steps = (np.arange(16) - 7.5) / 2
+    assert np.allclose(twice.numpy(), np.add.outer(19.5 + steps, 2 * (29.5 + steps)), atol=0.01)
+    outside, nothing = cut(HU, LABEL, 64, Placement((20, 30), scale=0.5))
+    assert outside[0, 0] == -1000
+    assert nothing[0, 0] == 0
+
+
+@pytest.mark.parametrize("size", [8, 16, 48, 64])
+def test_a_placement_stays_inside_and_holds_its_pixel(size: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        y, x = int(rng.integers(40)), int(rng.integers(60))
+        where = place(rng, off(), (40, 60), size, (y, x))
+        marked = np.zeros((40, 60), np.uint8)
+        marked[y, x] = 1
+        assert cut(HU, marked, size, where)[1].sum() == 1
+        for middle, side in zip(where.centre, (40, 60), strict=True):
+            assert (size >= side and middle == side / 2) or size / 2 <= middle <= side - size / 2
+
+
+def test_distortions_follow_the_seed_and_leave_a_finite_patch() -> None:
+    patch = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    chances = {name: 1.0 for name in Augmentation.model_fields if name.endswith("_p")}
+    strong = Augmentation(**chances)  # type: ignore[arg-type]
+    one, again, other = (distort(patch, np.random.default_rng(seed), strong) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.isfinite(one).all()
+    assert torch.equal(distort(patch, np.random.default_rng(1), off()), patch)
+    flat = torch.zeros(16, 16)
+    assert torch.isfinite(distort(flat, np.random.default_rng(3), strong)).all()
+
+
+def test_the_loss_is_dice_over_the_batch_plus_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = method()
+    labels = torch.zeros(2, 8, 8, dtype=torch.int64)
+    labels[0, :4], labels[1, 2:3] = 1, 2
+    logits = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(made.exported(), "forward", lambda image: logits)
+    found = made.loss(Patches(torch.zeros(2, 1, 8, 8), labels, ("a", "b")), 0)
+    share = logits.softmax(1)
+    dices = []
+    for c in (1, 2):  # background does not count
+        truth = (labels == c).float()
+        dices.append((2 * (share[:, c] * truth).sum() + 1e-5) / (share[:, c].sum() + truth.sum() + 1e-5))
+    assert float(found["dice"]) == pytest.approx(1 - float(sum(dices)) / 2, abs=1e-5)
+    picked = share.gather(1, labels[:, None]).log()
+    assert float(found["ce"]) == pytest.approx(-float(picked.mean()), abs=1e-5)
+
+
+def test_two_rates_and_no_group_for_what_is_frozen() -> None:
+    groups = parameter_groups(method().exported(), 3e-4, 3e-5)
+    assert [group["lr_multiplier"] for group in groups] == [1.0, pytest.approx(0.1)]
+    made = method(freeze=True)
+    groups = parameter_groups(made.exported(), 3e-4, 3e-5)
+    assert len(groups) == 1
+    counted = sum(p.numel() for p in groups[0]["params"])
+    assert counted == sum(p.numel() for p in made.exported().decoder.parameters())
