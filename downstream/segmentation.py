@@ -23,7 +23,7 @@ from launch import settings as base
 from launch.distributed import World
 from pretrain.data.window import HuWindow
 
-__all__ = ["Patches", "PatchSettings", "Segmentation", "batches", "parameter_groups", "sample"]
+__all__ = ["PatchSettings", "Patches", "Segmentation", "batches", "parameter_groups", "sample"]
 
 
 class PatchSettings(base.Settings):

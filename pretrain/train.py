@@ -171,34 +171,38 @@ def flops_per_step(settings: Settings) -> float:
     """Count the FLOPs of one step of all ranks together, forward and backward, the mean over the mix of crop sizes.
 
     Counted on tensors without numbers, with attention written out, since the counter takes the CPU's fused kernel for
-    nothing. All blocks cost the same: models of one and of two blocks tell the rest. To be called outside of a process
-    group, which would wait for the other ranks.
+    nothing. All blocks cost the same and so do all images (but for KoLeo's B x B products, which are nothing beside
+    them): models of one and of two blocks on a few images tell the rest. To be called outside of a process group, which
+    would wait for the other ranks.
     """
     width, depth, heads = settings.model.shape
+    batch = settings.data.batch_size
+    few = min(batch, 10)
     total = 0.0
     for shape in settings.data.crops.shapes:
-        first, second = (_flops(settings, shape, (width, blocks, heads)) for blocks in (1, 2))
+        first, second = (_flops(settings, shape, (width, blocks, heads), few) for blocks in (1, 2))
         share = shape.probability if settings.data.crops.mix else 1.0
         total += share * (first + (depth - 1) * (second - first))
-    return total
+    return total * batch / few
 
 
-def _flops(settings: Settings, shape: CropShape, size: tuple[int, int, int]) -> int:
-    """Count one step with a backbone of another width, depth and heads."""
+def _flops(settings: Settings, shape: CropShape, size: tuple[int, int, int], images: int) -> int:
+    """Count one step of `images` with a backbone of this width, depth and heads."""
     custom = {"size": "custom", **dict(zip(("width", "depth", "heads"), size, strict=True))}
     resized = settings.model_copy(update={"model": settings.model.model_copy(update=custom)})
     side = shape.global_size // settings.model.patch_size
-    masked = sum(target_counts(settings.data.masks, (side, side), settings.data.batch_size))
+    batch = settings.data.batch_size
+    masked = round(sum(target_counts(settings.data.masks, (side, side), batch)) * images / batch)
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         method = _method(resized, Guard(torch.device("cpu")), "cpu")
-        terms = method.loss(_shapes_only(settings, shape, masked), 0)
+        terms = method.loss(_shapes_only(settings, shape, images, masked), 0)
         torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
     return counter.get_total_flops()
 
 
-def _shapes_only(settings: Settings, shape: CropShape, masked: int) -> Batch:
-    """A batch of all ranks' images with sizes only."""
-    images, channels, patch = settings.data.batch_size, settings.model.in_channels, settings.model.patch_size
+def _shapes_only(settings: Settings, shape: CropShape, images: int, masked: int) -> Batch:
+    """A batch with sizes only."""
+    channels, patch = settings.model.in_channels, settings.model.patch_size
     side = shape.global_size // patch
     empty = torch.empty
     return Batch(

@@ -10,8 +10,10 @@ import torch
 
 from downstream.augment import Augmentation, Placement, cut, distort, off, place
 from downstream.decoders import linear
+from downstream.finetune import Settings
 from downstream.model import build
 from downstream.segmentation import Patches, Segmentation, parameter_groups
+from launch.settings import find, load
 from pretrain.models.vit import VitSettings
 from pretrain.models.vit import build as build_vit
 
@@ -105,3 +107,10 @@ def test_two_rates_and_no_group_for_what_is_frozen() -> None:
     assert len(groups) == 1
     counted = sum(p.numel() for p in groups[0]["params"])
     assert counted == sum(p.numel() for p in made.exported().decoder.parameters())
+
+
+@pytest.mark.parametrize("name", ["amos22", "btcv", "kits23", "lits", "smoke_finetune"])
+def test_packaged_configs_are_found_by_name_and_valid(name: str) -> None:
+    found = load(Settings, find(f"{name}.yaml"), ["folder=run", "dataset=data"])
+    assert found.patches.size % found.model.patch_size == 0
+    assert find(f"{name}.yaml").parent.parent.name == "downstream"
