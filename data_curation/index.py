@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from data_curation.aside import aside
 
-__all__ = ["CorpusError", "INDEX", "Links", "SCHEMA", "fingerprint", "link", "merge", "read_index", "split_of"]
+__all__ = ["INDEX", "SCHEMA", "CorpusError", "Links", "fingerprint", "link", "merge", "read_index", "split_of"]
 
 INDEX = "index.parquet"
 MERGED = 32  # shards that make one row group

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from data_curation.phantom import Phantom
 
-__all__ = ["LAYOUTS", "Writer", "write_dicom"]
+__all__ = ["LAYOUTS", "write_dicom"]
 
 Cases = Iterable[tuple[int, "Phantom"]]
 Writer = Callable[..., list[Path]]

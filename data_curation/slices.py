@@ -21,8 +21,8 @@ from launch.settings import Settings
 __all__ = [
     "BODY_HU",
     "CODECS",
-    "Codec",
     "DEFAULT_CODEC",
+    "Codec",
     "Slice",
     "SliceError",
     "SliceRule",

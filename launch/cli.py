@@ -16,7 +16,7 @@ from launch.ranks import RankFailed
 from launch.run import USER_ERRORS, Outcome, Stopped, close_run, open_run, say
 from launch.settings import Settings, describe, dump, find, load
 
-__all__ = ["UsageError", "VERBS", "Verb", "main"]
+__all__ = ["VERBS", "UsageError", "Verb", "main"]
 
 
 @dataclass(frozen=True)

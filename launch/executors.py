@@ -23,7 +23,7 @@ from launch.ranks import RankFailed, run_ranks
 from launch.run import Outcome, RunError, Stopped, close_run, note_start, say
 from launch.settings import Settings, find, load, names_beside
 
-__all__ = ["Call", "EXECUTORS", "Executor", "Here", "Processes", "Slurm", "load_cluster", "resolve"]
+__all__ = ["EXECUTORS", "Call", "Executor", "Here", "Processes", "Slurm", "load_cluster", "resolve"]
 
 
 @dataclass(frozen=True)

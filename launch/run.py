@@ -24,10 +24,10 @@ from launch.documents import parse, write
 from launch.settings import Settings, dump
 
 __all__ = [
+    "USER_ERRORS",
     "Outcome",
     "RunError",
     "Stopped",
-    "USER_ERRORS",
     "alive",
     "close_run",
     "note_start",

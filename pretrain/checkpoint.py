@@ -53,7 +53,8 @@ class CheckpointSettings(Settings):
 class _Trained(Protocol):
     """What a checkpoint needs of a method: its student, for the optimizer's names, and the tensors to hold."""
 
-    student: nn.Module
+    @property
+    def student(self) -> nn.Module: ...
 
     def state(self) -> dict[str, Any]: ...
 

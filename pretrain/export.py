@@ -38,7 +38,7 @@ def main(settings: Settings) -> Outcome:
     write(released, output, which=settings.which, heads=settings.heads)
     size = output.stat().st_size / 2**20
     print(f"{settings.which} of {released.form}: {len(released.backbone)} tensors, {size:.1f} MiB")
-    return Outcome(made=(str(output),), next=(f"axial finetune CONFIG.yaml checkpoint={output}",))
+    return Outcome(made=(str(output),), next=(f"axial finetune CONFIG.yaml backbone={output}",))
 
 
 def write(released: Released, output: Path, *, which: str, heads: bool) -> None:

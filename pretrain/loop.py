@@ -63,7 +63,10 @@ class _Batch(Protocol):
 class Method(Protocol):
     """What is trained. `state()` returns live tensors only: a restore fills them in place."""
 
-    student: nn.Module
+    @property
+    def student(self) -> nn.Module:
+        """What the optimizer trains; gradients are clipped for each of its children on its own."""
+        ...
 
     def loss(self, batch: Any, step: int) -> dict[str, Tensor]:
         """Return the weighted terms, fp32 scalars; the loop differentiates their sum."""
@@ -211,7 +214,6 @@ class _Meter:
         values = {
             "loss": sum(losses.values()),
             "grad": sum(n * n for n in norms.values()) ** 0.5,
-            **norms,
             **rates,
             **extra,
         }
@@ -307,8 +309,7 @@ def train(
             )
             stopping = stop.agreed()
             if seen or last or stopping or step % settings.log_every == 0:
-                rates = {"lr": schedules.lr(step - 1), "weight_decay": schedules.weight_decay(step - 1)}
-                meter.report(rates, len(terms), seen)
+                meter.report({"lr": schedules.lr(step - 1)}, len(terms), seen)
             checkpoints.maybe_save(step, last=last or stopping)
             if stopping and not last:
                 log.event(f"stopped by {stop.name or 'another rank'} after step {step}; the same command continues")

@@ -47,7 +47,7 @@ def _blocks(part: nn.Module) -> Iterable[nn.Module]:
 def recompute_blocks(part: nn.Module) -> None:
     """Keep only the inputs of each block and recompute it in the backward pass; parameter names stay as they are."""
     for block in _blocks(part):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(part: nn.Module) -> None:

@@ -197,7 +197,7 @@ def _flops(settings: Settings, shape: CropShape, size: tuple[int, int, int], ima
         method = _method(resized, Guard(torch.device("cpu")), "cpu")
         terms = method.loss(_shapes_only(settings, shape, images, masked), 0)
         torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
-    return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
 
 def _shapes_only(settings: Settings, shape: CropShape, images: int, masked: int) -> Batch:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -325,9 +326,16 @@ def _as_is(loaded: Any) -> Any:
 def _start_worker(worker: int) -> None:
     """Workers end with their trainer: a Ctrl-C or a cluster's warning signal to the whole group is not for them.
 
+    Of SIGTERM they overlook one, since the loader itself sends another to a worker that will not end.
     A spawned one leaves without the libraries' clean-up, whose threads can abort it, which torch reports as a death.
     """
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _overlook_one)
     atexit.register(os._exit, 0)
+
+
+def _overlook_one(number: int, frame: FrameType | None) -> None:
+    """The next signal of this kind ends the process."""
+    signal.signal(number, signal.SIG_DFL)

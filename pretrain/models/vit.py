@@ -21,7 +21,7 @@ from pretrain.models.attention import Group
 from pretrain.models.layers import Attention, Block, KMaskedLinear, LayerScale, Mlp, Packing, SwiGlu
 from pretrain.models.rope import Rope, RopeSettings
 
-__all__ = ["Features", "SIZES", "VisionTransformer", "VitSettings", "build"]
+__all__ = ["SIZES", "Features", "VisionTransformer", "VitSettings", "build"]
 
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}  # width, depth, heads
 _ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}

@@ -79,8 +79,10 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_teacher_sees_whole_global_crops_and_student_masked_ones_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = make({**TERMS, "gram": {}}, gram_teacher={"path": keep_path(make())})
+def test_teacher_sees_whole_global_crops_and_student_masked_ones_in_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = make({**TERMS, "gram": {}}, gram_teacher={"path": keep(tmp_path, make())})
     calls: list[tuple[str, Any, Any]] = []
     for name, network in method.networks.items():
         backbone = network["backbone"]
@@ -104,13 +106,6 @@ def test_teacher_sees_whole_global_crops_and_student_masked_ones_in_one_pass(mon
     assert hidden[1] is None
     assert large is one.gram_crops
     assert none is None
-
-
-def keep_path(method: SelfDistillation) -> Path:
-    """A checkpoint in a folder that outlives the call."""
-    import tempfile
-
-    return keep(Path(tempfile.mkdtemp(prefix="axial-test-")), method)
 
 
 def test_only_the_student_learns_and_frozen_networks_stay_in_eval_mode() -> None:
@@ -150,8 +145,8 @@ def test_average_stands_still_when_the_step_was_skipped() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, method.teacher.parameters(), strict=True))
 
 
-def test_state_has_the_names_of_the_published_code() -> None:
-    method = make({**TERMS, "gram": {}}, gram_teacher={"path": keep_path(make())})
+def test_state_has_the_names_of_the_published_code(tmp_path: Path) -> None:
+    method = make({**TERMS, "gram": {}}, gram_teacher={"path": keep(tmp_path, make())})
     keys = {f"{top}.{key}" for top, state in method.state().items() for key in state}
     assert {
         "student.backbone.cls_token",
@@ -174,7 +169,10 @@ def test_a_gram_term_without_its_teacher_is_refused_and_the_reverse(tmp_path: Pa
 
 def test_names_are_kinds_and_null_takes_a_term_away() -> None:
     settings = Settings(terms={"near": {"kind": "koleo", "weight": 0.3}, "ibot": None, "koleo": None})
-    assert {name: getattr(term, "kind", "") for name, term in settings.active.items()} == {"dino": "dino", "near": "koleo"}
+    assert {name: getattr(term, "kind", "") for name, term in settings.active.items()} == {
+        "dino": "dino",
+        "near": "koleo",
+    }
     assert list(Settings().active) == ["dino", "ibot", "koleo"]
     again = Settings.model_validate(settings.model_dump(mode="json"))
     assert again == settings

@@ -266,7 +266,7 @@ def test_signals_for_the_trainer_do_not_kill_workers() -> None:
     first = [next(made)]
     for worker in multiprocessing.active_children():
         assert worker.pid
-        for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             os.kill(worker.pid, name)
     first += [next(made) for _ in range(9)]
     made.close()
