@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 __all__ = ["Row", "draw", "overlay", "pca_colours", "windowed"]
 
 Floats = NDArray[np.float64]
+AIR_HU = -300
+MARGIN_MM = 10.0
 
 # Twelve hues that stay apart on a grey ground, also for the commonest colour blindness; more classes repeat them.
 COLOURS = (
@@ -73,9 +75,19 @@ def overlay(grey: Floats, labels: NDArray[np.integer], opacity: float = 0.55) ->
     return blended
 
 
+def _body_box(row: Row) -> tuple[float, float, float, float]:
+    """Top, bottom, left and right of what is not air, in mm, with a centimetre around it; all of an empty slice."""
+    edges = []
+    for axis, step in enumerate(row.spacing):
+        there = np.flatnonzero((row.hu > AIR_HU).any(1 - axis))
+        first, last = (there[0], there[-1] + 1) if len(there) else (0, row.hu.shape[axis])
+        edges += [float(first * step - MARGIN_MM), float(last * step + MARGIN_MM)]
+    return edges[0], edges[1], edges[2], edges[3]
+
+
 def draw(path: Path, rows: Sequence[Row], names: Mapping[int, str], title: str) -> Path:
     """Writes the picture: one line of four panels a row, the legend of the organs (label -> name) below."""
-    figure = Figure(figsize=(11.5, 2.75 * len(rows) + 1.1), dpi=110, facecolor="black", layout="constrained")
+    figure = Figure(figsize=(11.5, 2.15 * len(rows) + 1.1), dpi=110, facecolor="black", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 4, squeeze=False)
     figure.suptitle(title, color="white", fontsize=12)
@@ -83,8 +95,11 @@ def draw(path: Path, rows: Sequence[Row], names: Mapping[int, str], title: str) 
         grey = windowed(row.hu)
         height, width = row.hu.shape[0] * row.spacing[0], row.hu.shape[1] * row.spacing[1]
         panels = (grey, row.features, overlay(grey, row.predicted), overlay(grey, row.truth))
+        top, bottom, left, right = _body_box(row)
         for axis, panel in zip(line, panels, strict=True):
             axis.imshow(panel, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="nearest")
+            axis.set_xlim(left, right)
+            axis.set_ylim(bottom, top)
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(row.title, color="white", fontsize=9)
