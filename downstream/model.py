@@ -5,7 +5,6 @@ ModelError (a ValueError): a file is no segmentation model, or is damaged; the t
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ import pydantic
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -23,6 +21,7 @@ from launch.settings import Settings, choice, plugins
 from pretrain.data.window import HuWindow
 from pretrain.models.vit import VisionTransformer, VitSettings
 from pretrain.models.vit import build as build_vit
+from pretrain.weights import write_weights
 
 __all__ = ["Header", "ModelError", "SegmentationModel", "build", "load_model", "save_model"]
 
@@ -99,12 +98,7 @@ def save_model(path: Path, model: nn.Module, header: Header, write: bool = True)
     weights = {name: _plain(tensor) for name, tensor in _weights(model).items()}
     if not write:
         return
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(weights, aside, metadata={"format": FORMAT, "header": header.model_dump_json()})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_weights(path, weights, {"format": FORMAT, "header": header.model_dump_json()})
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[SegmentationModel, Header]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 import launch.settings
 from launch.run import Outcome
 from pretrain.released import Released, read
+from pretrain.weights import write_weights
 
 __all__ = ["Settings", "main", "write"]
 
@@ -57,16 +56,4 @@ def write(released: Released, output: Path, *, which: str, heads: bool) -> None:
         "step": released.about.get("step"),
         "corpus": released.about.get("corpus"),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".writing_{output.name}")
-    try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            aside,
-            {"format": "pt", "axial": json.dumps(header)},
-        )
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(output)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_weights(output, tensors, {"format": "pt", "axial": json.dumps(header)})

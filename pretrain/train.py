@@ -73,7 +73,7 @@ def main(settings: Settings) -> Outcome:
             start=start,
             corpus=corpus,
         )
-        log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start)
+        log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start and start + 1)
         schedules = settings.optim.schedules(settings.steps, settings.data.batch_size)
         share, peak = flops / here.size, _peak(here, settings)
         try:

@@ -1,0 +1,41 @@
+"""One safetensors file: written whole or not at all, and the same bytes for the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+__all__ = ["write_weights"]
+
+_LENGTH = 8  # bytes before the header, which hold its length
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes aside, flushes, renames. `tensors` are on the CPU; `metadata` are texts for the header.
+
+    The library writes metadata in an order that changes from process to process; here they are sorted, so that two runs
+    with equal weights have equal files and a checksum tells whether a run was repeated.
+    """
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+    header = json.loads(data[_LENGTH:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the numbers to 8 bytes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".writing_{path.name}")
+    try:
+        with aside.open("wb") as file:
+            file.write(len(text).to_bytes(_LENGTH, "little"))
+            file.write(text)
+            file.write(memoryview(data)[end:])
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
