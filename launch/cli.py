@@ -30,7 +30,7 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("the whole way in a minute, without data", "downstream.demo:main", "downstream.demo:Settings"),
+    "demo": Verb("the whole way in minutes, without data", "downstream.demo:main", "downstream.demo:Settings"),
     "curate": Verb(
         "public CT sets -> a corpus of shards", "data_curation.curate:main", "data_curation.curate:Settings", run=True
     ),

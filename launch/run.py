@@ -44,6 +44,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
+OWN = ("settings.yaml", "run.json", "outcome.json")
 # What a user can cause; the command says these in one line.
 USER_ERRORS = (ValueError, OSError, MemoryError)
 
@@ -182,12 +183,17 @@ def _refuse_others(folder: Path, settings: Settings, free: Collection[str]) -> N
     if not path.exists():
         return
     old, new = (_without(text, free) for text in (_read(path), dump(settings)))
-    if old == new:
+    if old == new or not _has_work(folder):
         return
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), str(path), "settings given now", lineterm="", n=2)
     raise RunError(
         f"{folder} holds a run with other settings; choose another folder=, or put these back:\n" + "\n".join(lines)
     )
+
+
+def _has_work(folder: Path) -> bool:
+    """Is there more than the record of a start that failed before it made anything, at a wrong path say?"""
+    return any(path.name not in OWN and path.is_file() and path.stat().st_size for path in folder.rglob("*"))
 
 
 def _without(text: str, free: Collection[str]) -> str:

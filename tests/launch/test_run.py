@@ -59,8 +59,19 @@ def test_the_same_settings_go_on_and_each_start_is_noted(tmp_path: Path) -> None
     assert not (tmp_path / "outcome.json").exists()
 
 
+def test_a_start_that_made_nothing_does_not_bind_the_folder(tmp_path: Path) -> None:
+    """Who mistypes a path and puts it right must not be told to choose another folder."""
+    open_run(tmp_path, Run(folder=tmp_path), [])
+    close_run(tmp_path, "failed", error="no such data")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "lock").touch()
+    open_run(tmp_path, Run(folder=tmp_path, lr=0.5), [])
+    assert "lr: 0.5" in (tmp_path / "settings.yaml").read_text()
+
+
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     open_run(tmp_path, Run(folder=tmp_path), [])
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = (tmp_path / "settings.yaml").read_text()
     with pytest.raises(RunError) as caught:
         open_run(tmp_path, Run(folder=tmp_path, lr=0.5, steps=20), [], free=["steps"])
