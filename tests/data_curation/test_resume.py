@@ -88,7 +88,7 @@ def test_what_is_lost_comes_back(tmp_path: Path, scans: Path, expected: dict[str
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-import SimpleITK, webdataset, imagecodecs, pandas, scipy.sparse.csgraph  # once, not in each child
+import SimpleITK, webdataset, imagecodecs, scipy.sparse.csgraph  # once, not in each child
 from data_curation.curate import Settings, main
 from launch.settings import load
 
