@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_serializer, model_validator
@@ -15,7 +15,9 @@ from pydantic.functional_validators import AfterValidator
 
 from launch.settings import Settings
 
-__all__ = ["Schedule", "Schedules", "scale_lr"]
+__all__ = ["Schedule", "Schedules", "resolved", "scale_lr"]
+
+S = TypeVar("S", bound=Settings)
 
 
 def _steps_or_share(value: float) -> float:
@@ -100,6 +102,12 @@ class Schedule(Settings):
         if length is None or 0 < length < 1:
             raise ValueError("this schedule depends on the length of the run; resolve it with over(steps)")
         return int(length)
+
+
+def resolved(settings: S, steps: int) -> S:
+    """The same settings with each of their schedules resolved for a run of ``steps``."""
+    schedules = {name: value for name, value in settings if isinstance(value, Schedule)}
+    return settings.model_copy(update={name: value.over(steps) for name, value in schedules.items()})
 
 
 def _half_cosine(first: float, last: float, share: float) -> float:

@@ -170,7 +170,9 @@ class _Loaded:
 class _Steps(Dataset[Any]):
     """Step -> what this rank loads for it, or the StreamError that stops the run; picklable, opens nothing itself."""
 
-    def __init__(self, settings: DataSettings, slices: Slices, rank: int, ranks: int, patch_size: int, device: bool):
+    def __init__(
+        self, settings: DataSettings, slices: Slices, rank: int, ranks: int, patch_size: int, device: bool
+    ) -> None:
         self.settings, self.slices, self.rank, self.patch_size = settings, slices, rank, patch_size
         self.images, self.on_device = settings.batch_size // ranks, device
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 
 from pretrain.models.vit import Features
+from pretrain.schedule import Schedule
 
 if TYPE_CHECKING:
     from pretrain.data.batch import Batch
 
-__all__ = ["Term", "Views"]
+__all__ = ["Given", "Term", "Views"]
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,33 @@ class Views:
     locals_: Features | None = None
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a term is given at one step. The heads are the term's own and None for a term that has none."""
+
+    step: int
+    batch: Batch
+    student: Views
+    teacher: Views
+    student_head: nn.Module | None = None
+    teacher_head: nn.Module | None = None
+    gram: Features | None = None  # the Gram teacher's, of ``batch.gram_crops`` or else of the global crops
+
+
 class Term(Protocol):
     """One summand of the training loss."""
 
-    head: nn.Module | None
-    """Moved by the method to ``student["<name>_head"]``, with a twin in the teacher; None for a term without a head."""
+    @property
+    def weight(self) -> Schedule:
+        """The weight by step. The method multiplies with it, and need not ask for the loss where it is 0."""
 
-    needs_gram: bool
-    """Whether `loss` needs the Gram teacher's features of ``batch.gram_crops``."""
+    @property
+    def head(self) -> nn.Module | None:
+        """Moved by the method to ``student["<name>_head"]``, with a twin in the teacher."""
 
-    def weight(self, step: int) -> float:
-        """The weight at this step, already contained in `loss`; while it is 0 the term need not be computed."""
-        ...
+    @property
+    def needs_gram(self) -> bool:
+        """Whether `loss` needs ``given.gram``."""
 
-    def loss(
-        self,
-        student: Views,
-        teacher: Views,
-        student_head: nn.Module | None,
-        teacher_head: nn.Module | None,
-        batch: Batch,
-        step: int,
-        gram: Features | None,
-    ) -> Tensor:
-        """The weighted loss of this rank's batch: one float32 number, differentiable in the student alone."""
-        ...
+    def loss(self, given: Given) -> Tensor:
+        """The loss of this rank's batch, unweighted: one float32 number, differentiable in the student alone."""

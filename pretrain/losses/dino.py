@@ -10,15 +10,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import launch.settings
-from pretrain.losses import Views
+from pretrain.losses import Given
 from pretrain.losses._cross_entropy import soft_cross_entropy
 from pretrain.losses._sinkhorn import sinkhorn
 from pretrain.models.heads import HeadSettings
-from pretrain.models.vit import Features
-from pretrain.schedule import Schedule
+from pretrain.schedule import Schedule, resolved
 
 if TYPE_CHECKING:
-    from pretrain.data.batch import Batch
+    pass
 
 __all__ = ["Dino", "Settings", "build", "dino_loss"]
 
@@ -62,44 +61,34 @@ class Dino:
     head: nn.Module | None
     needs_gram: bool = False
 
-    def weight(self, step: int) -> float:
-        """The weight at this step."""
-        return self.settings.weight(step)
+    @property
+    def weight(self) -> Schedule:
+        """The weight by step."""
+        return self.settings.weight
 
-    def loss(
-        self,
-        student: Views,
-        teacher: Views,
-        student_head: nn.Module | None,
-        teacher_head: nn.Module | None,
-        batch: Batch,
-        step: int,
-        gram: Features | None = None,
-    ) -> Tensor:
-        """Weighted loss; the targets of this step come from the teacher's global crops, all ranks together."""
-        assert student_head is not None
-        assert teacher_head is not None
-        s, views = self.settings, len(teacher.globals_.cls) // batch.images
+    def loss(self, given: Given) -> Tensor:
+        """The targets of this step come from the teacher's global crops, all ranks together."""
+        assert given.student_head is not None
+        assert given.teacher_head is not None
+        s, images, student = self.settings, given.batch.images, given.student
+        views = len(given.teacher.globals_.cls) // images
         with torch.no_grad():
-            logits = teacher_head(teacher.globals_.cls)
-            targets = sinkhorn(logits, s.teacher_temperature(step), s.sinkhorn_iterations)
-            targets = targets.view(views, batch.images, -1)
+            logits = given.teacher_head(given.teacher.globals_.cls)
+            targets = sinkhorn(logits, s.teacher_temperature(given.step), s.sinkhorn_iterations)
+            targets = targets.view(views, images, -1)
         crops = [student.globals_.cls] if student.locals_ is None else [student.globals_.cls, student.locals_.cls]
-        logits = student_head(torch.cat(crops))
+        logits = given.student_head(torch.cat(crops))
         global_logits, *local_logits = (
-            part.view(-1, batch.images, part.shape[-1]) for part in torch.split(logits, [len(part) for part in crops])
+            part.view(-1, images, part.shape[-1]) for part in torch.split(logits, [len(part) for part in crops])
         )
-        pairs = views * (views - 1)
         loss = dino_loss(global_logits, targets, s.student_temperature, ignore_diagonal=True)
-        if local_logits:
-            local_pairs = views * len(local_logits[0])
-            local = dino_loss(local_logits[0], targets, s.student_temperature)
-            loss = (pairs * loss + local_pairs * s.local_weight(step) * local) / (pairs + local_pairs)
-        return self.weight(step) * loss
+        if not local_logits:
+            return loss
+        pairs, local_pairs = views * (views - 1), views * len(local_logits[0])
+        local = dino_loss(local_logits[0], targets, s.student_temperature)
+        return (pairs * loss + local_pairs * s.local_weight(given.step) * local) / (pairs + local_pairs)
 
 
 def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Dino:
     """The term with its schedules resolved for a run of ``steps``, and a new head."""
-    names = ("weight", "local_weight", "teacher_temperature")
-    resolved = settings.model_copy(update={name: getattr(settings, name).over(steps) for name in names})
-    return Dino(resolved, settings.head.build(dim))
+    return Dino(resolved(settings, steps), settings.head.build(dim))

@@ -11,12 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import launch.settings
-from pretrain.losses import Views
-from pretrain.models.vit import Features
-from pretrain.schedule import Schedule
+from pretrain.losses import Given
+from pretrain.schedule import Schedule, resolved
 
 if TYPE_CHECKING:
-    from pretrain.data.batch import Batch
+    pass
 
 __all__ = ["Gram", "Settings", "build", "gram_loss", "resize_patches"]
 
@@ -84,39 +83,31 @@ class Gram:
     head: nn.Module | None = None
     needs_gram: bool = True
 
-    def weight(self, step: int) -> float:
-        """The weight at this step."""
-        return self.settings.weight(step)
+    @property
+    def weight(self) -> Schedule:
+        """The weight by step."""
+        return self.settings.weight
 
-    def loss(
-        self,
-        student: Views,
-        teacher: Views,
-        student_head: nn.Module | None,
-        teacher_head: nn.Module | None,
-        batch: Batch,
-        step: int,
-        gram: Features | None = None,
-    ) -> Tensor:
-        """Weighted loss; ``gram``: the Gram teacher's features of the gram crops, or of the global ones."""
-        if gram is None:
+    def loss(self, given: Given) -> Tensor:
+        """Raises ValueError where no Gram teacher has looked."""
+        if given.gram is None:
             raise ValueError("the gram term has no Gram teacher: name the checkpoint or the copy it is to be")
-        s = self.settings
+        s, batch = self.settings, given.batch
         seen = batch.global_crops if batch.gram_crops is None else batch.gram_crops
-        target = resize_patches(gram.patches.detach(), self._grid(seen), self._grid(batch.global_crops), s.antialias)
-        loss = gram_loss(
-            student.globals_.patches,
+        grids = self._grid(seen), self._grid(batch.global_crops)
+        target = resize_patches(given.gram.patches.detach(), *grids, s.antialias)
+        return gram_loss(
+            given.student.globals_.patches,
             target,
             normalized=s.normalized,
             within_image=s.within_image,
             negatives=s.negatives,
         )
-        return self.weight(step) * loss
 
     def _grid(self, crops: Tensor) -> tuple[int, int]:
         return crops.shape[-2] // self.patch_size, crops.shape[-1] // self.patch_size
 
 
 def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Gram:
-    """The term with its schedule resolved for a run of ``steps``."""
-    return Gram(settings.model_copy(update={"weight": settings.weight.over(steps)}), patch_size)
+    """The term with its schedules resolved for a run of ``steps``."""
+    return Gram(resolved(settings, steps), patch_size)

@@ -10,12 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import launch.settings
-from pretrain.losses import Views
+from pretrain.losses import Given, Views
 from pretrain.losses._cross_entropy import soft_cross_entropy
 from pretrain.losses._sinkhorn import sinkhorn
 from pretrain.models.heads import HeadSettings
-from pretrain.models.vit import Features
-from pretrain.schedule import Schedule
+from pretrain.schedule import Schedule, resolved
 
 if TYPE_CHECKING:
     from pretrain.data.batch import Batch
@@ -53,30 +52,21 @@ class Ibot:
     head: nn.Module | None
     needs_gram: bool = False
 
-    def weight(self, step: int) -> float:
-        """The weight at this step."""
-        return self.settings.weight(step)
+    @property
+    def weight(self) -> Schedule:
+        """The weight by step."""
+        return self.settings.weight
 
-    def loss(
-        self,
-        student: Views,
-        teacher: Views,
-        student_head: nn.Module | None,
-        teacher_head: nn.Module | None,
-        batch: Batch,
-        step: int,
-        gram: Features | None = None,
-    ) -> Tensor:
-        """Weighted loss of the masked patches of ``batch``; the targets are balanced over all ranks together."""
-        assert student_head is not None
-        assert teacher_head is not None
-        s = self.settings
+    def loss(self, given: Given) -> Tensor:
+        """Of the masked patches of the batch; the targets are balanced over all ranks together."""
+        assert given.student_head is not None
+        assert given.teacher_head is not None
+        s, batch = self.settings, given.batch
         with torch.no_grad():
-            logits = teacher_head(_masked(teacher, batch))
-            targets = sinkhorn(logits, s.teacher_temperature(step), s.sinkhorn_iterations)
-        predicted = student_head(_masked(student, batch))
-        loss = ibot_loss(predicted, targets, batch.mask_weights, len(batch.masks), s.student_temperature)
-        return self.weight(step) * loss
+            logits = given.teacher_head(_masked(given.teacher, batch))
+            targets = sinkhorn(logits, s.teacher_temperature(given.step), s.sinkhorn_iterations)
+        predicted = given.student_head(_masked(given.student, batch))
+        return ibot_loss(predicted, targets, batch.mask_weights, len(batch.masks), s.student_temperature)
 
 
 def _masked(views: Views, batch: Batch) -> Tensor:
@@ -85,6 +75,4 @@ def _masked(views: Views, batch: Batch) -> Tensor:
 
 def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Ibot:
     """The term with its schedules resolved for a run of ``steps``, and a new head."""
-    names = ("weight", "teacher_temperature")
-    resolved = settings.model_copy(update={name: getattr(settings, name).over(steps) for name in names})
-    return Ibot(resolved, settings.head.build(dim))
+    return Ibot(resolved(settings, steps), settings.head.build(dim))

@@ -12,12 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import launch.settings
-from pretrain.losses import Views
-from pretrain.models.vit import Features
-from pretrain.schedule import Schedule
+from pretrain.losses import Given
+from pretrain.schedule import Schedule, resolved
 
 if TYPE_CHECKING:
-    from pretrain.data.batch import Batch
+    pass
 
 __all__ = ["Koleo", "Settings", "build", "gather_group", "koleo_loss", "ranks_of_group"]
 
@@ -98,23 +97,15 @@ class Koleo:
     head: nn.Module | None = None
     needs_gram: bool = False
 
-    def weight(self, step: int) -> float:
-        """The weight at this step."""
-        return self.settings.weight(step)
+    @property
+    def weight(self) -> Schedule:
+        """The weight by step."""
+        return self.settings.weight
 
-    def loss(
-        self,
-        student: Views,
-        teacher: Views,
-        student_head: nn.Module | None,
-        teacher_head: nn.Module | None,
-        batch: Batch,
-        step: int,
-        gram: Features | None = None,
-    ) -> Tensor:
-        """Weighted loss of the student's global class tokens."""
-        crops = torch.split(student.globals_.cls, batch.images)
-        return self.weight(step) * torch.stack([self._one(crop) for crop in crops]).sum()
+    def loss(self, given: Given) -> Tensor:
+        """Of the student's global class tokens."""
+        crops = torch.split(given.student.globals_.cls, given.batch.images)
+        return torch.stack([self._one(crop) for crop in crops]).sum()
 
     def _one(self, x: Tensor) -> Tensor:
         ranks = 1
@@ -125,5 +116,5 @@ class Koleo:
 
 
 def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Koleo:
-    """The term with its schedule resolved for a run of ``steps``."""
-    return Koleo(settings.model_copy(update={"weight": settings.weight.over(steps)}))
+    """The term with its schedules resolved for a run of ``steps``."""
+    return Koleo(resolved(settings, steps))

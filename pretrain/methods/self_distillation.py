@@ -17,7 +17,7 @@ import launch.settings
 from launch.settings import choice, plugins
 from pretrain.data.batch import Batch
 from pretrain.loop import Guard
-from pretrain.losses import Term, Views
+from pretrain.losses import Given, Term, Views
 from pretrain.methods import Source, States
 from pretrain.models.vit import VitSettings
 from pretrain.models.vit import build as build_vit
@@ -174,7 +174,7 @@ class SelfDistillation:
                 losses[name] = student.globals_.cls.new_zeros((), dtype=torch.float32)
                 continue
             own, twin = (net[f"{name}_head"] if term.head is not None else None for net in (self.student, self.teacher))
-            losses[name] = term.loss(student, teacher, own, twin, batch, step, gram)
+            losses[name] = term.weight(step) * term.loss(Given(step, batch, student, teacher, own, twin, gram))
         return losses
 
     @torch.no_grad()

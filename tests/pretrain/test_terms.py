@@ -13,7 +13,7 @@ from torch import Tensor
 from launch.distributed import world
 from launch.settings import plugins
 from pretrain.data.batch import Batch
-from pretrain.losses import Views, dino, gram
+from pretrain.losses import Given, Views, dino, gram
 from pretrain.losses._sinkhorn import sinkhorn
 from pretrain.models.heads import HeadSettings
 from pretrain.models.vit import Features
@@ -84,7 +84,8 @@ def _term(name: str, group: int | None = None, **more: Any) -> Any:
 def _loss(term: Any, student: Views, teacher: Views, rank: int | tuple[int, ...] = 0, step: int = 0) -> Tensor:
     ranks = rank if isinstance(rank, tuple) else (rank,)
     seen = teacher.globals_ if term.needs_gram else None
-    value: Tensor = term.loss(student, teacher, term.head, term.head, _batch(ranks), step, seen)
+    given = Given(step, _batch(ranks), student, teacher, term.head, term.head, seen)
+    value: Tensor = term.weight(step) * term.loss(given)
     return value
 
 
@@ -155,7 +156,7 @@ def test_a_batch_without_masks_costs_nothing() -> None:
     empty = torch.zeros(0)
     none = Batch(batch.global_crops, batch.local_crops, None, batch.masks & False, empty.long(), empty, batch.keys)
     term, student = _term("ibot"), _views(0)
-    loss = term.loss(student, _views(2), term.head, term.head, none, 0, None)
+    loss = term.loss(Given(0, none, student, _views(2), term.head, term.head))
     loss.backward()
     assert loss == 0
     assert all(parameter.grad is not None for parameter in term.head.parameters())
@@ -172,9 +173,9 @@ def test_gram_takes_a_larger_view_and_asks_for_a_teacher() -> None:
     )
     seen = _features(5, grid=8)
     expected = gram.gram_loss(student.globals_.patches, gram.resize_patches(seen.patches, (8, 8), (4, 4)))
-    torch.testing.assert_close(term.loss(student, student, None, None, large, 0, seen), expected)
+    torch.testing.assert_close(term.loss(Given(0, large, student, student, gram=seen)), expected)
     with pytest.raises(ValueError, match="no Gram teacher"):
-        term.loss(student, student, None, None, batch, 0, None)
+        term.loss(Given(0, batch, student, student))
 
 
 def two_ranks(rank: int, size: int) -> dict[str, Tensor]:
