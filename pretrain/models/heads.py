@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from launch.settings import Settings
+from pretrain.models.layers import init_linear
 
 __all__ = ["DinoHead", "HeadSettings"]
 
@@ -47,9 +48,7 @@ class DinoHead(nn.Module):
         """Fills every parameter. Logits start with a deviation near 0.02, so that the loss starts at ln(prototypes)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                module.weight.normal_(0, 0.02, generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
+                init_linear(module, generator)
 
     def forward(self, x: Tensor, *, no_last: bool = False, only_last: bool = False) -> Tensor:
         """Features [..., in_dim] to logits [..., prototypes]; ``no_last`` stops at the bottleneck, ``only_last`` starts

@@ -18,7 +18,7 @@ from torch.export import register_dataclass
 
 from launch.settings import Settings
 from pretrain.models.attention import Group
-from pretrain.models.layers import Attention, Block, KMaskedLinear, LayerScale, Mlp, Packing, SwiGlu
+from pretrain.models.layers import Attention, Block, KMaskedLinear, LayerScale, Mlp, Packing, SwiGlu, init_linear
 from pretrain.models.rope import Rope, RopeSettings
 
 __all__ = ["SIZES", "Features", "VisionTransformer", "VitSettings", "build"]
@@ -130,9 +130,7 @@ class VisionTransformer(nn.Module):
         """Fills every parameter and buffer, also those a checkpoint would bring."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                module.weight.normal_(0, 0.02, generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
+                init_linear(module, generator)
                 if isinstance(module, KMaskedLinear):
                     module.init_mask()
             elif isinstance(module, nn.LayerNorm):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,20 +15,9 @@ import data_curation.scan
 from data_curation.curate import CurateError, Settings, dry_run, main
 from data_curation.index import read_index
 from launch.settings import SettingsError, load
+from tests.data_curation.curated import settings, state
 
 WriteScan = Any  # the fixture of conftest.py
-
-
-def settings(folder: Path, *roots: Path, name: str = "folder", **more: Any) -> Settings:
-    datasets = [{"name": name, "root": root, "id": f"set{i}", "licence": "CC0"} for i, root in enumerate(roots)]
-    given = {"shard_slices": 20, "split": {"train": 0.6, "val": 0.4}, "workers": 1, **more}
-    return Settings.model_validate({"folder": folder, "datasets": datasets, **given})
-
-
-def state(folder: Path) -> dict[str, str]:
-    """Hash of every file below the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def refused(folder: Path) -> dict[str, str]:

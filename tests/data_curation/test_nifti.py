@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_curation.volumes import Volume, VolumeError, find, read
+from tests.data_curation.reading import refused, volume
 
 SHAPE = (6, 9, 12)
 SPACING = (2.5, 0.7, 0.8)
@@ -18,19 +18,6 @@ SPACING = (2.5, 0.7, 0.8)
 
 def body(shape: tuple[int, ...] = SHAPE, dtype: Any = np.int16) -> np.ndarray:
     return np.random.default_rng(3).integers(-1000, 1500, shape).astype(dtype)
-
-
-def volume(path: Path) -> Volume:
-    found = list(find(path.parent))
-    assert len(found) == 1, found
-    return read(found[0])
-
-
-def refused(path: Path, reason: str) -> str:
-    with pytest.raises(VolumeError) as caught:
-        volume(path)
-    assert caught.value.reason == reason
-    return str(caught.value)
 
 
 def header(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import random
 import shutil
@@ -13,25 +12,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import data_curation.scan
-from data_curation.curate import CurateError, Settings, main
+from data_curation.curate import CurateError, main
 from data_curation.pool import WorkerLost, each
-
-
-def settings(folder: Path, *roots: Path, name: str = "folder", **more: Any) -> Settings:
-    datasets = [{"name": name, "root": root, "id": f"set{i}", "licence": "CC0"} for i, root in enumerate(roots)]
-    given = {"shard_slices": 20, "split": {"train": 0.6, "val": 0.4}, "workers": 1, **more}
-    return Settings.model_validate({"folder": folder, "datasets": datasets, **given})
-
-
-def state(folder: Path) -> dict[str, str]:
-    """Hash of every file below the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+from tests.data_curation.curated import settings, state
 
 
 @pytest.fixture(scope="module")

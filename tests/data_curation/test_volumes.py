@@ -14,7 +14,8 @@ import pytest
 import SimpleITK as sitk
 
 from data_curation.grid import Grid, to_lps
-from data_curation.volumes import Found, Volume, VolumeError, find, read
+from data_curation.volumes import Found, VolumeError, find, read
+from tests.data_curation.reading import refused, volume
 
 SHAPE = (6, 9, 12)
 SPACING = (2.5, 0.7, 0.8)
@@ -35,19 +36,6 @@ def save(path: Path, hu: np.ndarray | None = None, orientation: str = "LPS") -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(image(body() if hu is None else hu, orientation), str(path))
     return path
-
-
-def volume(path: Path) -> Volume:
-    found = list(find(path.parent))
-    assert len(found) == 1, found
-    return read(found[0])
-
-
-def refused(path: Path, reason: str) -> str:
-    with pytest.raises(VolumeError) as caught:
-        volume(path)
-    assert caught.value.reason == reason
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".hdr", ".mhd", ".nhdr"])

@@ -1,0 +1,21 @@
+"""How the tests curate: two splits, small shards, one worker; and the bytes that came of it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from data_curation.curate import Settings
+
+
+def settings(folder: Path, *roots: Path, name: str = "folder", **more: Any) -> Settings:
+    datasets = [{"name": name, "root": root, "id": f"set{i}", "licence": "CC0"} for i, root in enumerate(roots)]
+    given = {"shard_slices": 20, "split": {"train": 0.6, "val": 0.4}, "workers": 1, **more}
+    return Settings.model_validate({"folder": folder, "datasets": datasets, **given})
+
+
+def state(folder: Path) -> dict[str, str]:
+    """Hash of every file below the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
