@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,10 +18,11 @@ __all__ = ["CATALOGUE", "Case", "CatalogueError", "DataSet", "Place", "SplitTabl
 
 TEST_SET = "official test set"
 _CONTAINER = re.compile(  # names of folders that hold many patients
-    r"(image|label|mask|seg|segmentation|scan|volume|case|patient|subject|raw_?data|data|ct|dicom|nifti|nii|train|training"
-    r"|test|testing|val|valid|validation)s?(tr|ts|va|val)?_?\d*",
+    r"(image|label|mask|seg|segmentation|raw_?data|data|(sub|data)?set|part|fold|batch|ct|dicom|nifti|nii|train|training"
+    r"|test|testing|val|valid|validation)s?(tr|ts|va|val)?_?\d*|(scan|volume|case|patient|subject)s?",
     re.IGNORECASE,
 )
+_ENDING = re.compile(r"\.(nii(\.gz)?|hdr|img|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
 
 
 class CatalogueError(ValueError):
@@ -201,11 +202,13 @@ def cases(name: str, root: Path) -> tuple[list[Case], list[tuple[str, str, str]]
     kept: list[Case] = []
     refused: list[tuple[str, str, str]] = []
     loose: list[Found] = []  # labels, until their image is known
+    left_out: set[Path | None] = set()  # labels of images that are known to be bad
     tests = _tests(dataset, inner, refused)
     for image in found:
         place, match = _place(dataset, image.path.relative_to(inner).as_posix())
         if place is None or match is None:
-            refused.append((image.source, "outside_layout", f"not where {name} keeps its images ({dataset.tree})"))
+            away = f"not where {name} keeps its images ({dataset.tree})"
+            refused.append((image.source, image.reason or "outside_layout", image.detail or away))
         elif place.reason == "label":
             loose.append(image)
         elif place.reason or image.reason:
@@ -213,8 +216,12 @@ def cases(name: str, root: Path) -> tuple[list[Case], list[tuple[str, str, str]]
         else:
             case = _case(dataset, inner, image, place, match, tests)
             bad = (dataset.known_bad or {}).get(case.patient)
-            kept.append(case) if not bad else refused.append((image.source, "known_bad", f"{bad}: left out"))
-    refused += _orphans(loose, kept)
+            if bad:
+                refused.append((image.source, "known_bad", f"{bad}: left out"))
+                left_out.add(case.label)
+            else:
+                kept.append(case)
+    refused += _orphans(loose, kept, left_out)
     if not kept and (not found or name != "folder"):
         raise CatalogueError(_nothing(dataset, root, refused, skipped))
     for ending, count in sorted(skipped.items()):
@@ -241,7 +248,7 @@ def _case(
     else:
         folder = image.path if image.kind == "dicom" else image.path.parent
         named = [part for part in folder.relative_to(root).parts if not _CONTAINER.fullmatch(part)]
-        patient = image.patient or (named[0] if named else image.path.name.split(".")[0])
+        patient = image.patient or (named[0] if named else _ENDING.sub("", image.path.name))
     label = None
     if place.label:
         path = root / re.sub(*place.label, image.path.relative_to(root).as_posix(), flags=re.IGNORECASE)
@@ -263,7 +270,8 @@ def _tests(dataset: DataSet, root: Path, refused: list[tuple[str, str, str]]) ->
         )
         refused.append((table.file, "no_split", text))
         return frozenset()
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Only numbers and splits are read, so a name in another character set may be spoilt.
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = list(csv.DictReader(file, delimiter=table.delimiter))
     if not rows or not {table.patient, table.column} <= rows[0].keys():
         columns = ", ".join(rows[0]) if rows else "no rows"
@@ -273,14 +281,19 @@ def _tests(dataset: DataSet, root: Path, refused: list[tuple[str, str, str]]) ->
     return frozenset(row[table.patient] for row in rows if row[table.column] == table.value)
 
 
-def _orphans(labels: Iterable[Found], kept: Iterable[Case]) -> list[tuple[str, str, str]]:
-    """Labels that belong to no case."""
+def _orphans(
+    labels: Iterable[Found], kept: Iterable[Case], left_out: Collection[Path | None]
+) -> list[tuple[str, str, str]]:
+    """Labels that belong to no kept case."""
     used = {case.label for case in kept}
-    return [
-        (label.source, "label", "a label without its image: fetch the image, or leave it out")
-        for label in labels
-        if label.path not in used and label.path.parent not in used
-    ]
+    found = []
+    for label in labels:
+        if label.path in used or label.path.parent in used:
+            continue
+        bad = label.path in left_out or label.path.parent in left_out
+        text = "the label of an image that is left out" if bad else "a label without its image: fetch the image"
+        found.append((label.source, "label", text))
+    return found
 
 
 def _nothing(dataset: DataSet, root: Path, refused: list[tuple[str, str, str]], skipped: Counter[str]) -> str:

@@ -173,9 +173,11 @@ def _is_ct(volume: Volume, values: _Values, limits: Limits) -> tuple[str, str]:
 
 
 def _has_body(volume: Volume, values: _Values, limits: Limits) -> tuple[str, str]:
-    best = max(float(np.count_nonzero(plane > -500)) / plane.size for plane in volume.hu)
-    if best >= limits.min_body:
-        return "", ""
+    best = 0.0
+    for plane in volume.hu:
+        best = max(best, float(np.count_nonzero(plane > -500)) / plane.size)
+        if best >= limits.min_body:
+            return "", ""
     text = f"at most {best:.2%} of a slice is above -500 HU, less than min_body={limits.min_body:g}"
     return "no_body", f"{text} ({values.low} to {values.high} HU): air or noise, leave it out"
 

@@ -54,7 +54,6 @@ _TAGS = frozenset(
     for group, elements in {
         "0008": "0008 0016 0060",
         "0010": "0020",
-        "0018": "1164",
         "0020": "000d 000e 0012 0032 0037",
         "0028": "0004 0030",
     }.items()
@@ -117,6 +116,14 @@ def stacks(files: Iterable[Path]) -> list[Stack]:
 
 
 def _header(path: Path) -> Header:
+    try:
+        return _opened(path)
+    except OSError as error:
+        text = f"the file cannot be opened ({error.strerror or error}): allow reading it"
+        return _refused(Header(path), "unreadable", text)
+
+
+def _opened(path: Path) -> Header:
     import SimpleITK as sitk
 
     nothing = Header(path)
@@ -142,7 +149,7 @@ def _header(path: Path) -> Header:
         patient=tags.get("0010|0020", ""),
         acquisition=tags.get("0020|0012", ""),
         size=tuple(reader.GetSize()),
-        spacing=_numbers(tags.get("0028|0030") or tags.get("0018|1164", "")),
+        spacing=_numbers(tags.get("0028|0030", "")),
         plane=_numbers(tags.get("0020|0037", "")),
         position=_numbers(tags.get("0020|0032", "")),
     )
@@ -170,8 +177,8 @@ def _judge(tags: Mapping[str, str], header: Header, components: int) -> tuple[st
         return "screen_save", f"a colour picture ({components} values a pixel), not CT in HU: leave it out"
     if len(header.size) > 2 and header.size[2] > 1:
         return "", ""  # multi-frame: its geometry is inside, per frame
-    if not header.spacing:
-        return "no_spacing", "the header has no PixelSpacing, so sizes in mm are unknown: leave it out"
+    if len(header.spacing) != 2:
+        return "no_spacing", "the header has no usable PixelSpacing, so sizes in mm are unknown: leave it out"
     if len(header.position) != 3 or len(header.plane) != 6 or abs(np.linalg.norm(_normal(header)) - 1) > 0.1:
         text = "the header has no usable ImagePositionPatient and ImageOrientationPatient: slices cannot be ordered"
         return "no_position", text

@@ -187,7 +187,6 @@ def _kind(path: Path) -> str:
         return ".img"  # read through its header
     try:
         if suffix in _DICOM or dicom.looks_like(path):
-            path.stat()
             return "dicom" if name != "dicomdir" else "dicomdir"
     except OSError:
         return "unreadable"
