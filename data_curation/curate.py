@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,8 @@ from launch.run import Outcome
 from launch.settings import Settings as Base
 
 __all__ = ["CurateError", "Settings", "Source", "Splits", "dry_run", "main"]
+
+OURS = re.compile(r"(train|val|duplicates)-\d+\.(tar|parquet)")  # names of shards and their rows
 
 SHARDS_A_WORKER = 8  # a process that writes imports webdataset, hence torch: seconds, where a shard takes one
 
@@ -127,6 +130,7 @@ def main(settings: Settings) -> Outcome:
     """Makes or completes the corpus in `settings.folder`."""
     start = time.monotonic()
     folder, workers = settings.folder, workers_for(settings.workers)
+    _refuse_foreign(folder)
     for part in (Path("shards"), Path("rows"), SCAN):
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "private").chmod(0o700)
@@ -138,9 +142,16 @@ def main(settings: Settings) -> Outcome:
         new = [task for task in tasks if task.volume not in scans]
         _scan(folder, new, scans, workers)
         planned = _plan(settings, folder, tasks, scans, refused)
-        _write_all(folder, planned, tasks, scans, workers)
-        read = sum(scans[task.volume].slices for task in new)
+        again = _write_all(folder, planned, tasks, scans, workers)
+        read = sum(scans[task.volume].slices for task in new) + again
         return _finish(settings, tasks, planned, refused, (read, time.monotonic() - start))
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Shards that nobody here made would be taken for an earlier plan's and be overwritten."""
+    held = [part for part in ("shards", "rows") if (folder / part).is_dir() and any((folder / part).iterdir())]
+    if held and not (folder / "private").is_dir():
+        raise CurateError(f"{folder / held[0]} holds files that no `axial curate` made: choose another folder=")
 
 
 @contextmanager
@@ -161,12 +172,11 @@ def _gather(settings: Settings) -> tuple[list[ScanTask], list[Refused]]:
     refused: list[Refused] = []
     taken: dict[str, str] = {}
     for source in settings.datasets:
-        root = source.root.expanduser()
-        if not root.is_dir():
-            raise CurateError(f"data set {_id(source)}: {root} is not a folder on this machine")
+        if not source.root.is_dir():
+            raise CurateError(f"data set {_id(source)}: {source.root} is not a folder on this machine")
     for source in settings.datasets:
         name = _id(source)
-        found, ruled_out = cases(source.name, source.root.expanduser())
+        found, ruled_out = cases(source.name, source.root)
         refused += [Refused(name, *one) for one in ruled_out]
         for case in found:
             task = _task(settings, source, case)
@@ -212,7 +222,10 @@ def _named(task: ScanTask) -> str:
 
 
 def _known(folder: Path, tasks: Sequence[ScanTask]) -> dict[str, Scan]:
-    """The verdicts of earlier runs that stand, since neither files nor rules have changed. All others are removed."""
+    """The verdicts of earlier runs that stand, since neither files nor rules have changed.
+
+    Those of volumes that are gone are removed; the rest are made again.
+    """
     volumes = {task.volume for task in tasks}
     for path in (folder / SCAN).iterdir():
         if path.name.partition(".")[0] not in volumes:
@@ -238,7 +251,8 @@ def _plan(
     settings: Settings, folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], refused: list[Refused]
 ) -> Plan:
     """The shards; `refused` grows by what scans and plan speak against."""
-    kept = [task for task in tasks if scans[task.volume].kept]
+    # A held-out case counts even if its scan was refused: what is tied to its patient must not be trained on.
+    kept = [task for task in tasks if scans[task.volume].kept or not task.spool]
     candidates = [
         Candidate(task.volume, task.patient, task.stamp, _named(task), not task.spool, values)
         for task, values in zip(kept, contents(folder, [task.volume for task in kept]), strict=True)
@@ -258,18 +272,22 @@ def _plan(
     return planned
 
 
-def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> None:
-    """Writes the missing shards, removes those of other plans, and drops each spool when its last shard is there."""
+def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> int:
+    """Writes the missing shards, removes those of other plans, and drops each spool when its last shard is there.
+
+    Returns the number of slices that had to be read again.
+    """
     names = {shard.name for shard in planned.shards}
     missing = [shard for shard in planned.shards if not is_written(folder, shard)]
-    stale = [path for part in ("shards", "rows") for path in (folder / part).iterdir() if path.stem not in names]
+    there = [path for part in ("shards", "rows") for path in (folder / part).iterdir()]
+    stale = [path for path in there if OURS.fullmatch(path.name) and path.stem not in names]
     if missing or stale:  # the old index must not point into new shards
         for name in (INDEX, "corpus.json"):
             (folder / name).unlink(missing_ok=True)
     for path in stale:
         path.unlink()
     uses = Counter(part.volume for shard in missing for part in shard.parts)
-    _restore(folder, [task for task in tasks if uses[task.volume]], scans, workers)
+    again = _restore(folder, [task for task in tasks if uses[task.volume]], scans, workers)
     if missing:
         writers = min(workers, 1 + len(missing) // SHARDS_A_WORKER)
         with Progress(sum(shard.slices for shard in missing), "write", "slices") as bar:
@@ -281,10 +299,11 @@ def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: di
                         spool_path(folder, part.volume).unlink()
     for path in (folder / SCAN).glob("*.slices"):
         path.unlink()
+    return again
 
 
-def _restore(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> None:
-    """Scans once more what a missing shard needs and whose spool went when its earlier shard was there."""
+def _restore(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> int:
+    """Scans once more what a missing shard needs and whose spool went when its earlier shard was there; the slices."""
     gone = [task for task in tasks if not has_spool(folder, task.volume, scans[task.volume])]
     second: dict[str, Scan] = {}
     _scan(folder, gone, second, workers)
@@ -292,6 +311,7 @@ def _restore(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], wo
         if second[task.volume] != scans[task.volume]:
             text = second[task.volume].detail or "other slices"
             raise CurateError(f"{_named(task)} changed while it was in work ({text}): run the same command again")
+    return sum(verdict.slices for verdict in second.values())
 
 
 def _finish(

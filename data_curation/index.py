@@ -20,7 +20,18 @@ from numpy.typing import NDArray
 
 from data_curation.aside import aside
 
-__all__ = ["INDEX", "SCHEMA", "CorpusError", "Links", "fingerprint", "link", "merge", "read_index", "split_of"]
+__all__ = [
+    "INDEX",
+    "SCHEMA",
+    "CorpusError",
+    "Links",
+    "fingerprint",
+    "link",
+    "merge",
+    "read_index",
+    "read_part",
+    "split_of",
+]
 
 INDEX = "index.parquet"
 MERGED = 32  # shards that make one row group
@@ -84,6 +95,15 @@ def read_index(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
         raise CorpusError(f"{folder} holds no corpus ({INDEX} is missing): make one with `axial curate`") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise CorpusError(f"{path} cannot be read ({error}): run `axial curate` again") from None
+
+
+def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file that a step of curation left. Raises CorpusError that names the file and says what to do."""
+    try:
+        return pq.read_table(path, columns=None if columns is None else list(columns))
+    except (pa.ArrowInvalid, OSError) as error:
+        text = " ".join(str(error).split())
+        raise CorpusError(f"{path} cannot be read ({text}): delete it and run the same command again") from None
 
 
 @dataclass(frozen=True)
@@ -156,7 +176,7 @@ def merge(folder: Path, shards: Sequence[str]) -> pa.Table:
     kept = [SCHEMA.empty_table().select(columns)]
     with aside(folder / INDEX) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         for start in range(0, len(shards), MERGED):
-            tables = [pq.read_table(folder / "rows" / f"{name}.parquet") for name in shards[start : start + MERGED]]
+            tables = [read_part(folder / "rows" / f"{name}.parquet") for name in shards[start : start + MERGED]]
             table = pa.concat_tables([table.replace_schema_metadata(None).cast(SCHEMA) for table in tables])
             writer.write_table(table.combine_chunks())
             kept.append(table.select(columns))

@@ -7,7 +7,6 @@ Reads index.parquet, refused.parquet and corpus.json as `axial curate` left them
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
+from data_curation.aside import aside
 from data_curation.corpus import Corpus
 from data_curation.index import INDEX, SCHEMA, CorpusError, fingerprint, read_index
 from launch.run import Outcome
@@ -136,9 +136,8 @@ def main(settings: Settings) -> Outcome:
     facts = gather(settings)
     made = []
     for name, content in (("report.html", page(facts).encode()), ("report.png", overview(facts))):
-        aside = settings.folder / f".{name}.part"
-        aside.write_bytes(content)
-        os.replace(aside, settings.folder / name)
+        with aside(settings.folder / name) as file:
+            file.write(content)
         made.append(str(settings.folder / name))
     return Outcome(made=tuple(made), next=tuple(f"look into it: {text}" for text in facts.wrong), ok=not facts.wrong)
 
@@ -160,9 +159,10 @@ def gather(settings: Settings) -> Facts:
     own = {name: dataset[first] == code for code, name in enumerate(names)}
     between, within = index["spacing_z"].to_numpy()[first], index["spacing_x"].to_numpy()[first]
     counted = index.select(["volume", "patient", "licence", "held_out", "duplicate", "size", "spacing_z", "spacing_x"])
+    corpus = Corpus(folder, split=None, duplicates=True)
     hu, tiles = {}, {}
     for code, name in enumerate(names):
-        hu[name], tiles[name] = _look(folder, np.flatnonzero(dataset == code), settings)
+        hu[name], tiles[name] = _look(corpus, np.flatnonzero(dataset == code), settings)
     return Facts(
         folder,
         fingerprint(index),
@@ -235,8 +235,6 @@ def _refusals(folder: Path, listing: int) -> tuple[tuple[Refusals, ...], Mapping
 def _codes(table: pa.Table, column: str) -> tuple[list[str], NDArray[np.int64]]:
     """The different texts of a column, sorted, and for each row which of them it has."""
     encoded = table[column].combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
     texts = np.array(encoded.dictionary.to_pylist(), object)
     order = np.argsort(texts)
     rank = np.empty(len(texts), np.int64)
@@ -288,9 +286,8 @@ def _proofs(index: pa.Table) -> tuple[Proof, ...]:
     return tuple(found)
 
 
-def _look(folder: Path, rows: NDArray[np.int64], settings: Settings) -> tuple[NDArray[np.float64], tuple[Tile, ...]]:
+def _look(corpus: Corpus, rows: NDArray[np.int64], settings: Settings) -> tuple[NDArray[np.float64], tuple[Tile, ...]]:
     """Reads slices at even distances through a data set: HU histogram of `sample` of them, `tiles` of them to show."""
-    corpus = Corpus(folder, split=None, duplicates=True)
     counts = np.zeros(len(HU_EDGES) - 1)
     for row in rows[_even(len(rows), settings.sample)].tolist():
         clipped = np.clip(corpus.hu(row), HU_EDGES[0], HU_EDGES[-1])

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from data_curation.aside import aside, write_parquet
 from data_curation.catalogue import Case
 from data_curation.checks import Limits, Verdict, check, repair
+from data_curation.index import read_part
 from data_curation.slices import SliceRule, checksum, cut, encode
 from data_curation.volumes import Volume, VolumeError, read
 
@@ -174,7 +175,7 @@ def read_scan(folder: Path, volume: str) -> Scan | None:
 
 def read_rows(folder: Path, volume: str) -> list[dict[str, Any]]:
     """One row per kept slice, with the columns of the index that do not depend on the plan, and `at` in the spool."""
-    table = pq.read_table(_proof_path(folder, volume))
+    table = read_part(_proof_path(folder, volume))
     constants = json.loads(table.schema.metadata[b"volume"])
     rows = []
     for row in table.to_pylist():
@@ -187,6 +188,6 @@ def contents(folder: Path, volumes: Sequence[str]) -> list[NDArray[np.uint64]]:
     """Per volume and slice the first 64 bits of its content, 0 for a uniform slice."""
     found = []
     for volume in volumes:
-        names = pq.read_table(_proof_path(folder, volume), columns=["content"])["content"].to_pylist()
+        names = read_part(_proof_path(folder, volume), ["content"])["content"].to_pylist()
         found.append(np.array([int(name[:16] or "0", 16) for name in names], np.uint64))
     return found

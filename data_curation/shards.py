@@ -75,12 +75,14 @@ def write_shard(folder: Path, shard: Shard) -> int:
     rows = sorted(_rows(folder, shard), key=lambda row: hashlib.sha256(f"{shard.seed} {row['key']}".encode()).digest())
     with ExitStack() as stack:
         spools = {part.volume: stack.enter_context(_open_spool(folder, part.volume)) for part in shard.parts}
+        proof = folder / "rows" / f"{shard.name}.parquet"
+        proof.unlink(missing_ok=True)  # of another plan; it must not vouch for the new tar
         file = stack.enter_context(aside(folder / "shards" / f"{shard.name}.tar"))
         _fill(file, rows, spools)
         size = file.tell()
     table = pa.Table.from_pylist([{name: row[name] for name in SCHEMA.names} for row in rows], SCHEMA)
-    proof = {"plan": shard.plan, "tar_bytes": str(size), "slices": str(len(rows))}
-    write_parquet(folder / "rows" / f"{shard.name}.parquet", table.replace_schema_metadata(proof))
+    vouched = {"plan": shard.plan, "tar_bytes": str(size), "slices": str(len(rows))}
+    write_parquet(proof, table.replace_schema_metadata(vouched))
     return size
 
 

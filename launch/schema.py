@@ -2,10 +2,12 @@
 
 import importlib
 import inspect
+import os
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -23,6 +25,12 @@ class Settings(pydantic.BaseModel):
     """Base of every settings class: frozen, unknown keys refused, defaults checked too, ``"3"`` taken as a number."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=True)
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """``~`` in a path: a shell leaves it alone in ``key=~/path``, and YAML always does."""
+        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
     @pydantic.model_validator(mode="before")
     @classmethod

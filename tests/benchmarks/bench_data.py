@@ -1,6 +1,7 @@
 """How many slices a second one core reads, decodes and crops: `python tests/benchmarks/bench_data.py [CORPUS]`.
 
-Everything is timed in one run, turn about, in CPU time of one thread, so the ratios hold on a busy machine. "naive" is
+The table is timed in one run, turn about, in CPU time of one thread, so its ratios hold on a busy machine; the loader's
+line is wall time. "naive" is
 what a pipeline of RGB images does: each of the ten crops windows the whole slice, makes three channels of it, and
 resizes those. Without CORPUS a small one is curated from phantoms of 512x512 pixels.
 """
@@ -20,7 +21,6 @@ from torch.nn import functional as F
 from data_curation import curate, phantom
 from data_curation.corpus import Corpus
 from launch.distributed import World
-from launch.run import open_run
 from pretrain.data.batch import sample_order
 from pretrain.data.crops import draw_crops
 from pretrain.data.stream import DataSettings, _Steps, batches
@@ -34,7 +34,6 @@ def made_corpus(folder: Path) -> Path:
     settings = curate.Settings.model_validate(
         {"folder": folder / "corpus", "datasets": [{"name": "folder", "root": folder / "source"}], "workers": 1}
     )
-    open_run(settings.folder, settings, ["bench_data"])
     curate.main(settings)
     return settings.folder
 
@@ -76,7 +75,8 @@ def main(arguments: list[str]) -> None:
                 run(step)
                 seconds[name].append(time.process_time() - start)
         rate = {name: BATCH / median(taken[1:]) for name, taken in seconds.items()}
-        print(f"{corpus}; batches of {BATCH}, 2 x 256 + 8 x 112; one core")
+        crops = settings.crops
+        print(f"{corpus}; batches of {BATCH}, 2 x {crops.global_size} + {crops.n_local} x {crops.local_size}; one core")
         print(f"{'path':<38}{'slices/s':>9}{'x naive':>9}{'x decode':>10}")
         for name, value in rate.items():
             base, limit = rate["naive crops (RGB, whole slice each)"], rate["decode only"]

@@ -13,7 +13,7 @@ import pytest
 
 import data_curation.scan
 from data_curation.curate import CurateError, Settings, dry_run, main
-from data_curation.index import read_index
+from data_curation.index import CorpusError, read_index
 from launch.settings import SettingsError, load
 from tests.data_curation.curated import settings, state
 
@@ -205,3 +205,54 @@ def test_real_scans(tmp_path: Path, real_ct: Path) -> None:
     reasons = refused(tmp_path / "corpus")
     assert reasons["MR_T1_image.nii.gz"] == reasons["PET_image.nii.gz"] == "not_ct"
     assert reasons["CT_mask.nii.gz"] == "label"
+
+
+def test_files_of_others_are_not_taken_for_stale_shards(tmp_path: Path, scans: Path) -> None:
+    foreign = tmp_path / "corpus" / "shards" / "imagenet-000.tar"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"somebody's")
+    with pytest.raises(CurateError, match="no `axial curate` made"):
+        main(settings(tmp_path / "corpus", scans))
+    foreign.unlink()
+    assert main(settings(tmp_path / "corpus", scans)).ok
+    foreign.write_bytes(b"put there later")
+    assert main(settings(tmp_path / "corpus", scans)).ok
+    assert foreign.read_bytes() == b"put there later"
+
+
+def test_what_is_tied_to_an_unreadable_held_out_case_is_held_out_too(tmp_path: Path, write_scan: WriteScan) -> None:
+    """spleen_2 lies in both folders; the test scan is cut short, and still holds the other one out."""
+    task = tmp_path / "set" / "Task09_Spleen"
+    for seed, place in enumerate(("imagesTr/spleen_2", "imagesTr/spleen_3", "imagesTs/spleen_2")):
+        write_scan(task / f"{place}.nii.gz", seed)
+    held = task / "imagesTs" / "spleen_2.nii.gz"
+    held.write_bytes(held.read_bytes()[:400])
+    main(settings(tmp_path / "corpus", tmp_path / "set", name="msd_spleen"))
+    reasons = {source.removeprefix("Task09_Spleen/"): why for source, why in refused(tmp_path / "corpus").items()}
+    assert reasons["imagesTs/spleen_2.nii.gz"] == "held_out"
+    assert reasons["imagesTr/spleen_2.nii.gz"] == "held_out_related"
+    assert len(read_index(tmp_path / "corpus")) == 12
+
+
+@pytest.mark.parametrize("part", ["rows/train-000000.parquet", "private/scan"])
+def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, scans: Path, part: str) -> None:
+    folder = tmp_path / "corpus"
+    main(settings(folder, scans))
+    path = folder / part
+    path = path if path.is_file() else max(path.glob("*.parquet"), key=lambda one: one.stat().st_size)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + bytes(len(whole) // 3) + whole[4 + len(whole) // 3 :])
+    with pytest.raises(CorpusError, match=rf"{path.name} cannot be read .*: delete it and run the same command"):
+        main(settings(folder, scans))
+    path.unlink()
+    assert main(settings(folder, scans)).ok
+
+
+def test_slices_read_again_are_counted(tmp_path: Path, scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(settings(tmp_path / "corpus", scans))
+    (tmp_path / "corpus" / "shards" / "train-000000.tar").unlink()
+    capsys.readouterr()
+    main(settings(tmp_path / "corpus", scans))
+    told = capsys.readouterr().out
+    assert "slices read" in told
+    assert ", 0 slices read" not in told
