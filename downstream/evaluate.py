@@ -19,7 +19,7 @@ from pydantic import Field
 
 from downstream import cases, geometry, metrics
 from launch import settings as base
-from launch.log import progress
+from launch.progress import progress
 from launch.run import Outcome
 
 __all__ = ["Settings", "main", "table"]

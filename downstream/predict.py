@@ -22,7 +22,7 @@ from downstream.inference import Window, predict_volume
 from downstream.model import Header, SegmentationModel, load_model
 from launch import settings as base
 from launch.distributed import World, barrier, world
-from launch.log import progress
+from launch.progress import progress
 from launch.run import Outcome, write_text
 
 __all__ = ["Settings", "main", "named", "predict_image"]

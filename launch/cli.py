@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.documents import near
-from launch.executors import Call, Executor, Here, load_cluster, resolve
+from launch.executors import Call, Executor, Here, Slurm, load_cluster, resolve
 from launch.ranks import RankFailed
 from launch.run import USER_ERRORS, Outcome, Stopped, close_run, open_run, say
 from launch.settings import Settings, describe, dump, find, load
@@ -27,6 +27,7 @@ class Verb:
     main: str
     settings: str
     run: bool = False
+    ranks: bool = False  # several processes may share its work
 
 
 VERBS = {
@@ -35,16 +36,19 @@ VERBS = {
         "public CT sets -> a corpus of shards", "data_curation.curate:main", "data_curation.curate:Settings", run=True
     ),
     "report": Verb("what is in a corpus: HTML, PNG", "data_curation.report:main", "data_curation.report:Settings"),
-    "pretrain": Verb("a corpus -> a backbone", "pretrain.train:main", "pretrain.settings:Settings", run=True),
+    "pretrain": Verb(
+        "a corpus -> a backbone", "pretrain.train:main", "pretrain.settings:Settings", run=True, ranks=True
+    ),
     "export": Verb("a pretraining run -> one safetensors file", "pretrain.export:main", "pretrain.export:Settings"),
     "finetune": Verb(
         "a backbone + labels -> a segmentation model",
         "downstream.finetune:main",
         "downstream.finetune:Settings",
         run=True,
+        ranks=True,
     ),
     "predict": Verb(
-        "a model + scans -> label maps", "downstream.predict:main", "downstream.predict:Settings", run=True
+        "a model + scans -> label maps", "downstream.predict:main", "downstream.predict:Settings", run=True, ranks=True
     ),
     "evaluate": Verb(
         "label maps -> Dice, NSD, HD95", "downstream.evaluate:main", "downstream.evaluate:Settings", run=True
@@ -52,8 +56,10 @@ VERBS = {
     "status": Verb("how the runs in a folder are doing", "launch.status:main", "launch.status:Settings"),
 }
 
-# What may change when a run goes on: how long, how fast and what is told of it, never what is computed.
-FREE = ("steps", "device", "workers", "data.workers", "parallel", "checkpoint", "log")
+# What may change when a run goes on: how fast and where it is, what is told of it, and how long (schedules follow).
+FREE = (
+    "steps", "device", "workers", "data.workers", "patches.workers", "prepare_workers", "parallel", "checkpoint", "log",
+)  # fmt: skip
 
 OPTIONS = {
     "--on": "cluster file: run elsewhere (packaged: here.yaml, two_processes.yaml, slurm_example.yaml)",
@@ -100,11 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = resolve(verb.main)
         if verb.run and _rank_zero():
             folder = open_run(settings.folder, settings, ["axial", *words], FREE)
+        detached = False
         if isinstance(executor, Here):
             outcome = target(settings)
         else:
             outcome = executor.run(Call(verb.main, verb.settings, settings.folder))
-        if folder is not None and not executor.detached:
+            detached = isinstance(executor, Slurm) and executor.detached
+        if folder is not None and not detached:
             close_run(folder, "done" if outcome.ok else "failed", outcome)
         return _end(outcome)
     except BaseException as error:
@@ -133,7 +141,7 @@ def _parse(words: Sequence[str]) -> Command:
             raise UsageError(f"no such option {name}{near(name, OPTIONS)} (there are: {', '.join(OPTIONS)})")
         elif not verb:
             verb = word
-        elif equals and not Path(word).is_file():
+        elif equals and not os.path.isfile(word):
             overrides.append(word)
         elif config is None:
             config = word
@@ -181,7 +189,11 @@ def _executor(command: Command, verb: Verb) -> Executor:
     if not verb.run:
         runs = ", ".join(name for name, other in VERBS.items() if other.run)
         raise UsageError(f"{command.verb} is quick and runs here; --on is for {runs}")
-    return load_cluster(command.cluster)
+    executor = load_cluster(command.cluster)
+    if executor.ranks > 1 and not verb.ranks:
+        many = f"{command.cluster} starts {executor.ranks} processes"
+        raise UsageError(f"{many}, and {command.verb} is one process (with workers of its own); use a file with one")
+    return executor
 
 
 def _dry(settings: Settings, verb: Verb) -> str:

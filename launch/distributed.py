@@ -35,7 +35,7 @@ class World:
 def world(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
     """The world this process belongs to, joined for the time of the block and left at its end, also after an error.
 
-    ``device``: "auto" (this rank's GPU where there is one, else cpu), "cpu", "cuda" (this rank's GPU) or "cuda:1". A
+    ``device``: "auto" (this rank's GPU, or the CPU where there is none), "cpu", "cuda" (this rank's GPU) or "cuda:1". A
     collective that takes longer than ``timeout_s`` raises. Raises DeviceError where torch does not see the GPU.
     """
     rank, size, local_rank = _ranks()

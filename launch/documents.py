@@ -172,8 +172,6 @@ def read(
     unread = len(mistakes)
     document = parse(text, str(path), mistakes)
     if document.data is None:
-        return Document()
-    if document.data is None:
         return Document() if len(mistakes) == unread else None
     if not isinstance(document.data, dict):
         mistakes.append(f"a settings file holds `key: value` lines, not one {type(document.data).__name__}  [{path}]")

@@ -14,13 +14,13 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from launch.documents import SettingsError, near, read
 from launch.ranks import RankFailed, run_ranks
-from launch.run import Outcome, RunError, Stopped, close_run, note_start, say
+from launch.run import Outcome, RunError, Stopped, close_run, note_start, read_json, say
 from launch.settings import Settings, find, load, names_beside
 
 __all__ = ["EXECUTORS", "Call", "Executor", "Here", "Processes", "Slurm", "load_cluster", "resolve"]
@@ -37,7 +37,8 @@ class Call:
     def execute(self) -> Outcome:
         """Call the function in this process, with the settings the folder holds."""
         # The folder may have been moved, or be named from another place than when it was made.
-        settings = load(resolve(self.model), self.folder / "settings.yaml", [f"folder={json.dumps(str(self.folder))}"])
+        folder = json.dumps(str(self.folder), ensure_ascii=False)
+        settings = load(resolve(self.model), self.folder / "settings.yaml", [f"folder={folder}"])
         outcome: Outcome = resolve(self.main)(settings)
         return outcome
 
@@ -48,34 +49,24 @@ def resolve(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-class Executor(Protocol):
-    """What the command needs to know of a place to run."""
-
-    @property
-    def detached(self) -> bool:
-        """Does the work go on when the command has ended?"""
-
-    def run(self, call: Call) -> Outcome:
-        """Run ``call`` there; when it has ended, its outcome; of a detached one that it is under way."""
-
-
 class Here(Settings):
-    """This very process."""
+    """This very process: the command calls the verb itself."""
 
-    detached: ClassVar[bool] = False
     kind: Literal["here"] = "here"
-
-    def run(self, call: Call) -> Outcome:
-        return call.execute()
+    ranks: ClassVar[int] = 1
 
 
 class Processes(Settings):
     """Several processes on this machine, one a GPU, as torchrun starts them."""
 
-    detached: ClassVar[bool] = False
     kind: Literal["processes"] = "processes"
     processes: int = Field(ge=1, description="how many; with GPUs one for each")
     grace_s: float = Field(60.0, gt=0, description="seconds they get to save and end after Ctrl-C or SIGTERM")
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the run."""
+        return self.processes
 
     def run(self, call: Call) -> Outcome:
         return run_ranks((call.main, call.model, str(call.folder)), self.processes, self.grace_s)
@@ -109,6 +100,15 @@ class Slurm(Settings):
     wait: bool = Field(False, description="stay until the job has ended")
 
     @property
+    def ranks(self) -> int:
+        """Processes of the run."""
+        return self.nodes * self._each
+
+    @property
+    def _each(self) -> int:
+        return self.processes_per_node or self.gpus_per_node or 1
+
+    @property
     def detached(self) -> bool:
         """A job outlives the command, unless one waits for it."""
         return not self.wait and self.cluster != "debug"
@@ -126,7 +126,7 @@ class Slurm(Settings):
         if self.detached:
             note_start(call.folder, waiting=True)  # before: afterwards the job may have begun to write there itself
         try:
-            job = executor.submit(Task(call))
+            job = executor.submit(Task(call, self.requeues))
         except submitit.core.utils.FailedJobError as error:
             raise RunError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
         if self.detached:
@@ -136,6 +136,9 @@ class Slurm(Settings):
             outcomes = job.results()
         except submitit.core.utils.UncompletedJobError as error:
             raise RankFailed(0, self.nodes, f"job {job.job_id} failed", str(error)) from None
+        ended = read_json(call.folder / "outcome.json") or {}
+        if ended.get("state") == "stopped":
+            raise Stopped(str(ended["error"]))
         return outcomes[0] or Outcome()
 
     def parameters(self, name: str) -> dict[str, Any]:
@@ -144,7 +147,7 @@ class Slurm(Settings):
             "name": f"axial-{name}",
             "nodes": self.nodes,
             "gpus_per_node": self.gpus_per_node or None,
-            "tasks_per_node": self.processes_per_node or self.gpus_per_node or 1,
+            "tasks_per_node": self._each,
             "cpus_per_task": self.cpus_per_process,
             "mem_gb": self.memory_gib,
             "timeout_min": max(1, round(self.hours * 60)),
@@ -165,6 +168,7 @@ class Task:
     """What submitit pickles and calls in every process of a job."""
 
     call: Call
+    requeues: int = 1000
 
     def __call__(self) -> Outcome | None:
         import submitit
@@ -180,7 +184,8 @@ class Task:
             # Every rank has saved. A job that was cancelled stays so; one that was warned goes back to the queue.
             if first:
                 close_run(self.call.folder, "stopped", error=str(stop))
-                if stop.signal == "SIGUSR2" and job.cluster == "slurm":
+                again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) < self.requeues
+                if stop.signal == "SIGUSR2" and job.cluster == "slurm" and again:
                     subprocess.run(["scontrol", "requeue", job.job_id], check=True)
             return Outcome(next=(str(stop),)) if first else None
         except BaseException as error:
@@ -216,7 +221,8 @@ def _tell_ranks() -> None:
     }
 
 
-EXECUTORS: dict[str, type[Here] | type[Processes] | type[Slurm]] = {
+Executor = Here | Processes | Slurm
+EXECUTORS: dict[str, type[Executor]] = {
     "here": Here,
     "processes": Processes,
     "slurm": Slurm,

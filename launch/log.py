@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from launch.progress import Progress, duration, progress, rate
+from launch.progress import duration, rate
 from launch.run import now, write_text
 
-__all__ = ["Log", "Progress", "progress", "step_line"]
+__all__ = ["Log", "step_line"]
 
 
 class Log:
@@ -29,7 +29,7 @@ class Log:
         self._metrics: IO[str] | None = None
         self._text: IO[str] | None = None
         self._board: _Board | None = None
-        self._last = (resume_step, time.monotonic())
+        self._last = (max(resume_step - 1, 0), time.monotonic())
         if not active:
             return
         _drop_from(folder / "metrics.jsonl", resume_step)

@@ -35,6 +35,7 @@ __all__ = [
     "open_run",
     "read_json",
     "say",
+    "submitted",
     "write_text",
 ]
 
@@ -102,12 +103,7 @@ def open_run(folder: Path, settings: Settings, command: Sequence[str], free: Col
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from None
     _refuse_others(folder, settings, {"folder", *free})
     record = _record(folder)
-    if record["starts"] and alive(record["starts"][-1]) and record["starts"][-1]["pid"] != os.getpid():
-        last = record["starts"][-1]
-        raise RunError(
-            f"{folder} is being worked in by process {last['pid']} since {last['at']}; "
-            "wait for it, stop it, or choose another folder="
-        )
+    _refuse_busy(folder, record["starts"][-1] if record["starts"] else {})
     start = {
         "at": now(),
         "command": list(command),
@@ -178,6 +174,38 @@ def now() -> str:
     return datetime.now(UTC).astimezone().isoformat(timespec="seconds")
 
 
+def _refuse_busy(folder: Path, last: dict[str, Any]) -> None:
+    """Two writers would spoil each other's files, so the last start must have ended, here or elsewhere."""
+    if not last or last.get("pid") == os.getpid():
+        return
+    living = alive(last)
+    if living is None and not (folder / "outcome.json").exists():
+        living = _waits_or_runs(str(last.get("job") or submitted(folder)))
+    if not living:
+        return
+    who = f"process {last['pid']} on {last['host']}" if last.get("pid") else "a job in the queue"
+    raise RunError(
+        f"{folder} is being worked in by {who} since {last['at']}; wait for it, stop it, or choose another folder= "
+        f"(if it is gone, remove {folder / 'run.json'})"
+    )
+
+
+def _waits_or_runs(job: str) -> bool:
+    """Does the cluster's queue hold this job? Without a queue to ask nobody can tell, and it is believed to."""
+    try:
+        asked = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return not job or bool(asked.stdout.strip())
+
+
+def submitted(folder: Path) -> str:
+    """Number of the newest job that submitit left a file of; it has one before the job itself runs and can note it."""
+    files = list((folder / "jobs").glob("*_submitted.pkl"))
+    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.name.removesuffix("_submitted.pkl") if newest is not None else ""
+
+
 def _refuse_others(folder: Path, settings: Settings, free: Collection[str]) -> None:
     path = folder / "settings.yaml"
     if not path.exists():
@@ -192,8 +220,9 @@ def _refuse_others(folder: Path, settings: Settings, free: Collection[str]) -> N
 
 
 def _has_work(folder: Path) -> bool:
-    """Is there more than the record of a start that failed before it made anything, at a wrong path say?"""
-    return any(path.name not in OWN and path.is_file() and path.stat().st_size for path in folder.rglob("*"))
+    """Is there more than the record, and a cluster's, of a start that failed before it made anything?"""
+    made = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != "jobs")
+    return any(path.name not in OWN and path.is_file() and path.stat().st_size for path in made)
 
 
 def _without(text: str, free: Collection[str]) -> str:
@@ -266,8 +295,8 @@ def _origin() -> dict[str, Any]:
     # `ls-files` tells the code's own checkout from one that merely has the virtual environment inside it.
     tracked = _git("ls-files", "--error-unmatch", "launch/run.py") is not None
     sha = _git("rev-parse", "HEAD") if tracked else None
-    dirty = bool(_git("status", "--porcelain", "--untracked-files=no")) if sha else None
-    return {"git": {"sha": sha, "dirty": dirty}, "versions": versions}
+    state = _git("status", "--porcelain", "--untracked-files=no") if sha else None
+    return {"git": {"sha": sha, "dirty": None if state is None else bool(state)}, "versions": versions}
 
 
 def _git(*arguments: str) -> str | None:

@@ -38,7 +38,7 @@ __all__ = [
 
 S = TypeVar("S", bound="Settings")
 
-CONFIGS = ("pretrain.configs", "downstream.configs", "data_curation.configs", "launch.clusters")
+CONFIGS = ("pretrain.configs", "downstream.configs", "launch.clusters")
 
 
 # ----------------------------------------------------------------------------------------------------------- load, dump

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from launch.progress import duration, rate
-from launch.run import Outcome, RunError, alive, read_json
+from launch.run import Outcome, RunError, alive, read_json, submitted
 from launch.settings import Settings as Base
 
 __all__ = ["Settings", "Status", "main", "runs_beneath", "status_of"]
@@ -67,8 +67,11 @@ def runs_beneath(folder: Path, depth: int) -> Iterator[Path]:
         return
     if depth == 0:
         return
-    with os.scandir(folder) as entries:
-        inner = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and entry.name[0] != ".")
+    try:
+        with os.scandir(folder) as entries:
+            inner = sorted(one.name for one in entries if one.is_dir(follow_symlinks=False) and one.name[0] != ".")
+    except PermissionError:  # somebody else's; the other runs are told all the same
+        return
     for name in inner:
         yield from runs_beneath(folder / name, depth - 1)
 
@@ -79,7 +82,7 @@ def status_of(folder: Path) -> Status:
     if record is None or not record.get("starts"):
         raise RunError(f"{folder / 'run.json'} holds no start")
     start = record["starts"][-1]
-    number = start.get("job") or _submitted(folder)
+    number = start.get("job") or submitted(folder)
     job = f"job {number}" if number else ""
     process = f"process {start['pid']} on {start['host']}" if start.get("pid") else ""
     state: State
@@ -102,13 +105,6 @@ def status_of(folder: Path) -> Status:
         metrics=metrics,
         error=str((outcome or {}).get("error", "")).strip(),
     )
-
-
-def _submitted(folder: Path) -> str:
-    """Number of the newest job that submitit left a file of; it has one before the job itself runs and can note it."""
-    files = list((folder / "jobs").glob("*_submitted.pkl"))
-    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
-    return newest.name.removesuffix("_submitted.pkl") if newest is not None else ""
 
 
 def told(status: Status) -> str:

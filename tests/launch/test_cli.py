@@ -26,7 +26,7 @@ def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(HERE))
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setitem(VERBS, "toy", Verb("a toy", "toy_verb:main", "toy_verb:Settings", run=True))
+    monkeypatch.setitem(VERBS, "toy", Verb("a toy", "toy_verb:main", "toy_verb:Settings", run=True, ranks=True))
     monkeypatch.chdir(tmp_path)
 
 
@@ -208,3 +208,13 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
         "found = heavy & set(sys.modules)\nassert not found, found\nassert len(sys.modules) < 600, len(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_one_process_is_not_made_many(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curate", "folder=c", "datasets=[{name: folder, root: .}]", "--on", "two_processes.yaml"]) == 2
+    assert "two_processes.yaml starts 2 processes, and curate is one process" in capsys.readouterr().err
+
+
+def test_a_long_override_is_no_file_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["toy", "folder=a", f"mode={'x' * 300}"]) == 2
+    assert "File name too long" not in capsys.readouterr().err

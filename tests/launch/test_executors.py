@@ -15,7 +15,7 @@ import pytest
 
 from launch.executors import EXECUTORS, Call, Processes, Slurm, Task, load_cluster, resolve
 from launch.ranks import RankFailed
-from launch.run import Outcome, RunError, open_run
+from launch.run import Outcome, RunError, Stopped, open_run
 from launch.settings import SettingsError
 
 HERE = Path(__file__).parent
@@ -161,6 +161,18 @@ def test_a_debug_job_runs_in_this_process(tmp_path: Path) -> None:
     assert (tmp_path / "was_here_0").read_text() == str(os.getpid())
 
 
+# submitit leaves its two log files open.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_job_that_was_stopped_is_not_done(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        Slurm(cluster="debug").run(call(tmp_path, mode="stopped", signal="SIGTERM"))
+    assert outcome(tmp_path)["state"] == "stopped"
+
+
+def test_a_folder_with_any_name_travels(tmp_path: Path) -> None:
+    assert call(tmp_path / "c😀 ü: 'x'").execute().ok
+
+
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RunError, match="no sbatch on this machine"):
@@ -176,9 +188,11 @@ def test_what_sbatch_is_told() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "asked"), [("SIGUSR2", "requeue 77\n"), ("SIGTERM", "")])
+@pytest.mark.parametrize(
+    ("name", "before", "asked"), [("SIGUSR2", "1", "requeue 77\n"), ("SIGUSR2", "2", ""), ("SIGTERM", "0", "")]
+)
 def test_a_warned_job_is_queued_again_and_a_cancelled_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, asked: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, before: str, asked: str
 ) -> None:
     script = tmp_path / "scontrol"
     script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
@@ -187,7 +201,8 @@ def test_a_warned_job_is_queued_again_and_a_cancelled_one_is_not(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for variable, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(variable, value)
-    task = Task(call(tmp_path / "run", mode="stopped", signal=name))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", before)
+    task = Task(call(tmp_path / "run", mode="stopped", signal=name), requeues=2)
     assert task() == Outcome(next=(f"stopped by {name} after step 3",))
     assert outcome(tmp_path / "run")["state"] == "stopped"
     assert (tmp_path / "asked").read_text() == asked
@@ -207,6 +222,7 @@ def test_packaged_cluster_files_are_valid(name: str) -> None:
         ("processes: 2\n", r"kind: must be named \(allowed: here, processes, slurm\)  \[.*c.yaml:1\]"),
         ("kind: slurm\npartitoin: x\n", r"partitoin: no such setting; did you mean 'partition'\?  \[.*c.yaml:2\]"),
         ("kind: processes\n", "processes: Field required"),
+        ("kind: slurm\n  bad: [1\n", r"c.yaml:2\]"),
     ],
 )
 def test_a_wrong_cluster_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -110,6 +110,33 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert alive({**record["starts"][-1], "host": "elsewhere"}) is None
 
 
+@pytest.mark.parametrize(("start", "who"), [({"pid": 7}, "process 7 on node7"), ({"pid": None}, "a job in the queue")])
+def test_what_runs_or_waits_elsewhere_keeps_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: dict[str, object], who: str
+) -> None:
+    """Until its files say that it ended, or the cluster's queue no longer knows it."""
+    settings = Run(folder=tmp_path / "run")
+    open_run(settings.folder, settings, [])
+    record = json.loads((settings.folder / "run.json").read_text())
+    record["starts"][-1] |= {"host": "node7", "ticks": None, "job": "77", **start}
+    text = json.dumps(record)
+    (settings.folder / "run.json").write_text(text)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no queue to ask
+    with pytest.raises(RunError, match=f"being worked in by {who}.*if it is gone, remove"):
+        open_run(settings.folder, settings, [])
+    queue = tmp_path / "squeue"
+    queue.write_text('#!/bin/sh\n[ "$3" = 77 ] && echo "77 main axial"\n')
+    queue.chmod(0o755)
+    with pytest.raises(RunError, match="being worked in"):
+        open_run(settings.folder, settings, [])
+    queue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    open_run(settings.folder, settings, [])
+    (settings.folder / "run.json").write_text(text)
+    queue.unlink()
+    close_run(settings.folder, "stopped")
+    open_run(settings.folder, settings, [])
+
+
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file/run"):
