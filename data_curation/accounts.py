@@ -1,4 +1,5 @@
-"""What became of every file: refused.csv for the user, corpus.json for whoever gets the shards, the summary."""
+"""What became of every file and slice: private/refused.csv for the user; refused.parquet, left_out.parquet and corpus.json
+for whoever gets the shards; the summary."""
 
 from __future__ import annotations
 
@@ -7,21 +8,37 @@ import io
 import json
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from data_curation.aside import aside, write_parquet
-from data_curation.index import fingerprint
 from launch.progress import duration, rate
 
-__all__ = ["Listed", "Refused", "count", "summary", "write_corpus", "write_refused", "write_sources"]
+__all__ = [
+    "REFUSALS",
+    "Listed",
+    "Refused",
+    "Tally",
+    "count",
+    "summary",
+    "write_corpus",
+    "write_left_out",
+    "write_refused",
+    "write_sources",
+]
 
-REFUSED = pa.schema([(name, pa.string()) for name in ("dataset", "source", "reason", "detail")])
+REFUSED = pa.schema([(name, pa.string()) for name in ("dataset", "volume", "reason")])
+LEFT_OUT = pa.schema(
+    [("dataset", pa.string()), ("volume", pa.string()), ("z", pa.int32()), ("reason", pa.string())]
+)
+REFUSALS = Path("private", "refused.csv")  # file names of the user's, hence private
 PACKAGES = ("axial-ct", "SimpleITK", "imagecodecs", "numpy", "pyarrow", "webdataset")
 
 
@@ -36,19 +53,39 @@ class Listed:
 
 @dataclass(frozen=True)
 class Refused:
-    """One line of refused.csv."""
+    """One line of private/refused.csv; `volume` is the hashed name, "" for what never was a volume."""
 
     dataset: str
     source: str
     reason: str
     detail: str
+    volume: str = ""
 
 
 def write_refused(folder: Path, refused: Sequence[Refused]) -> None:
-    """refused.parquet and refused.csv, in the order given."""
-    table = [vars(one) for one in refused]
+    """private/refused.csv with file names and details, refused.parquet without; in the order given."""
+    table = [{name: getattr(one, name) for name in REFUSED.names} for one in refused]
     write_parquet(folder / "refused.parquet", pa.Table.from_pylist(table, REFUSED))
-    _write_csv(folder / "refused.csv", REFUSED.names, [list(one.values()) for one in table])
+    names = ["dataset", "source", "reason", "detail", "volume"]
+    _write_csv(folder / REFUSALS, names, [[getattr(one, name) for name in names] for one in refused])
+
+
+def write_left_out(folder: Path, volumes: Iterable[tuple[str, str, Sequence[tuple[int, str]]]]) -> Counter[tuple[str, str]]:
+    """left_out.parquet: the slices of kept volumes (data set, volume, [(z, reason)]) that the slice rule left out.
+
+    Returns how many there are by data set and reason.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    with aside(folder / "left_out.parquet") as file, pq.ParquetWriter(file, LEFT_OUT, compression="zstd") as writer:
+        waiting: list[dict[str, Any]] = []
+        for dataset, volume, slices in volumes:
+            waiting += [{"dataset": dataset, "volume": volume, "z": z, "reason": reason} for z, reason in slices]
+            counts.update((dataset, reason) for _, reason in slices)
+            if len(waiting) >= 100_000:
+                writer.write_table(pa.Table.from_pylist(waiting, LEFT_OUT))
+                waiting = []
+        writer.write_table(pa.Table.from_pylist(waiting, LEFT_OUT))
+    return counts
 
 
 def write_sources(folder: Path, identities: Sequence[Sequence[str]]) -> None:
@@ -64,25 +101,54 @@ def _write_csv(path: Path, names: Sequence[str], rows: Sequence[Sequence[str]]) 
         file.write(text.getvalue().encode())
 
 
-def count(index: pa.Table, datasets: Sequence[Listed], refused: Sequence[Refused]) -> dict[str, Any]:
-    """The facts of corpus.json that are counted; `index` needs the columns that `merge` returns."""
-    volumes = dict(zip(index["volume"].to_pylist(), index["dataset"].to_pylist(), strict=True))
-    slices, kept = Counter(index["dataset"].to_pylist()), Counter(volumes.values())
+class Tally:
+    """What is counted while the index is written piece by piece; memory grows with the volumes, not with the slices."""
+
+    def __init__(self) -> None:
+        self.slices: Counter[str] = Counter()
+        self.splits: Counter[str] = Counter()
+        self.volumes: dict[str, str] = {}  # volume: data set
+        self.patients: set[str] = set()
+        self.duplicates = self.bytes = 0
+
+    def watch(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """The same tables, counted as they pass."""
+        for table in tables:
+            self.slices.update(_counts(table["dataset"]))
+            self.splits.update(_counts(table["split"]))
+            pairs = table.group_by(["volume", "dataset", "patient"]).aggregate([]).to_pylist()
+            self.volumes.update((pair["volume"], pair["dataset"]) for pair in pairs)
+            self.patients.update(pair["patient"] for pair in pairs)
+            self.duplicates += pc.sum(table["duplicate"]).as_py() or 0
+            self.bytes += pc.sum(table["size"]).as_py() or 0
+            yield table
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    return {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}
+
+
+def count(
+    tally: Tally, name: str, datasets: Sequence[Listed], refused: Sequence[Refused], left_out: Counter[tuple[str, str]]
+) -> dict[str, Any]:
+    """The facts of corpus.json that are counted; `name` is the fingerprint."""
+    kept = Counter(tally.volumes.values())
     return {
-        "fingerprint": fingerprint(index),
-        "slices": len(index),
-        "volumes": len(volumes),
-        "patients": len(set(index["patient"].to_pylist())),
-        "bytes": sum(index["size"].to_pylist()),
-        "duplicate_slices": sum(index["duplicate"].to_pylist()),
-        "splits": dict(sorted(Counter(index["split"].to_pylist()).items())),
+        "fingerprint": name,
+        "slices": tally.slices.total(),
+        "volumes": len(tally.volumes),
+        "patients": len(tally.patients),
+        "bytes": tally.bytes,
+        "duplicate_slices": tally.duplicates,
+        "splits": dict(sorted(tally.splits.items())),
         "datasets": {
             one.name: {
                 "catalogue": one.catalogue,
                 "licence": one.licence,
                 "volumes": kept[one.name],
-                "slices": slices[one.name],
+                "slices": tally.slices[one.name],
                 "refused": dict(sorted(Counter(r.reason for r in refused if r.dataset == one.name).items())),
+                "left_out": {why: n for (dataset, why), n in sorted(left_out.items()) if dataset == one.name},
             }
             for one in datasets
         },

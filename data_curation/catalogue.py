@@ -42,6 +42,7 @@ class Case:
     label: Path | None  # a file, or the folder that holds one file a structure
     held_out: str
     source: str
+    same_as: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from data_curation.grid import AIR
 from data_curation.index import CorpusError, read_index
-from data_curation.slices import Slice, SliceError, checksum, decode
+from data_curation.slices import SliceError, checksum, decode, sha256
 
 __all__ = ["Corpus", "CorpusError"]
 
@@ -26,17 +28,26 @@ OPEN_SHARDS = 128  # file descriptors kept open; a process may have about a thou
 
 
 class Corpus:
-    """The slices of one split (None: of all), in the order of the index.
+    """The slices of one split (None: of all, excluded ones too), or of some data sets of it, in the order of the index.
 
-    Slices whose content occurs earlier in the corpus are left out unless `duplicates` is set. Every read compares the
-    checksum of the stored bytes; `verify` also hashes the decoded pixels (twice the work). All errors are CorpusErrors
-    that name shard and sample.
+    Slices that an earlier one of the corpus shows already are left out unless `duplicates` is set. With `frame` a slice
+    comes as large as the scan had it, with air around the stored part; without, the stored part alone. Every read
+    compares the checksum of the stored bytes; `verify` also hashes the decoded pixels (twice the work). All errors are
+    CorpusErrors that name shard and sample.
     """
 
     def __init__(
-        self, folder: Path | str, split: str | None = "train", *, duplicates: bool = False, verify: bool = False
+        self,
+        folder: Path | str,
+        split: str | None = "train",
+        *,
+        datasets: Collection[str] | None = None,
+        duplicates: bool = False,
+        frame: bool = True,
+        verify: bool = False,
     ) -> None:
         self.folder, self.split, self.duplicates, self.verify = Path(folder), split, duplicates, verify
+        self.datasets, self.frame = None if datasets is None else tuple(datasets), frame
         self._load()
 
     def _load(self) -> None:
@@ -47,6 +58,12 @@ class Corpus:
             if self.split not in (*known, "train", "val"):
                 raise CorpusError(f"{self.folder} has no split {self.split!r}; it has: {', '.join(sorted(known))}")
             chosen &= pc.equal(index["split"], self.split).to_numpy()
+        if self.datasets is not None:
+            names = read_index(self.folder, ["dataset"])["dataset"]
+            known = pc.unique(names).to_pylist()
+            if unknown := sorted(set(self.datasets) - set(known)):
+                raise CorpusError(f"{self.folder} has no data set {unknown[0]!r}; it has: {', '.join(sorted(known))}")
+            chosen &= pc.is_in(names, pa.array(self.datasets)).to_numpy()
         if not self.duplicates:
             chosen &= ~index["duplicate"].to_numpy()
         self._rows = np.flatnonzero(chosen)
@@ -58,7 +75,7 @@ class Corpus:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("folder", "split", "duplicates", "verify")}
+        return {name: getattr(self, name) for name in ("folder", "split", "datasets", "duplicates", "frame", "verify")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -71,15 +88,20 @@ class Corpus:
         return f"Corpus({str(self.folder)!r}, split={self.split!r}): {len(self):,} slices in {len(self._shards)} shards"
 
     def hu(self, i: int) -> NDArray[np.int16]:
-        """The pixels of slice i in HU, int16 [Y, X], a fresh array."""
+        """The pixels of slice i in HU, int16 [Y, X], a fresh array of `shape(i)`."""
         data = self.encoded(i)
         try:
             hu = decode(data, self._codecs[self._codec[i]])
         except SliceError as error:
             raise CorpusError(f"{self._place(i)}: {error}") from None
-        if self.verify and Slice(0, hu, 0.0).sha256 != self._column("sha256")[i].as_py():
+        if self.verify and sha256(hu) != self._column("sha256")[i].as_py():
             raise CorpusError(f"{self._place(i)}: the decoded pixels are not those that were curated")
-        return hu
+        if not self.frame or hu.shape == self.shape(i):
+            return hu
+        whole = np.full(self.shape(i), AIR, np.int16)
+        top, left = int(self._column("box_y")[i]), int(self._column("box_x")[i])
+        whole[top : top + hu.shape[0], left : left + hu.shape[1]] = hu
+        return whole
 
     def encoded(self, i: int) -> bytes:
         """The stored bytes of slice i, checksum compared."""
@@ -103,8 +125,9 @@ class Corpus:
         return float(self._column("spacing_y")[i]), float(self._column("spacing_x")[i])
 
     def shape(self, i: int) -> tuple[int, int]:
-        """Rows and columns, without reading the slice."""
-        return int(self._column("height")[i]), int(self._column("width")[i])
+        """Rows and columns of `hu(i)`, without reading the slice."""
+        height, width = ("frame_height", "frame_width") if self.frame else ("height", "width")
+        return int(self._column(height)[i]), int(self._column(width)[i])
 
     def key(self, i: int) -> str:
         """Name of slice i, the same in every copy of the corpus."""

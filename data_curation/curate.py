@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
-import json
 import re
 import time
 from collections import Counter
@@ -17,23 +15,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
-
-from data_curation.accounts import Listed, Refused, count, summary, write_corpus, write_refused, write_sources
+from data_curation.accounts import (
+    REFUSALS,
+    Listed,
+    Refused,
+    Tally,
+    count,
+    summary,
+    write_corpus,
+    write_left_out,
+    write_refused,
+    write_sources,
+)
 from data_curation.aside import sweep
-from data_curation.catalogue import CATALOGUE, Case, cases
-from data_curation.checks import Limits
-from data_curation.index import INDEX, merge
+from data_curation.finished import FINISHED, changed, read_finished, write_finished
+from data_curation.index import INDEX, fingerprint, link, merge
+from data_curation.listing import CurateError, gather, licence_of
 from data_curation.plan import Candidate, Plan, PlanRules, plan
 from data_curation.pool import each, workers_for
-from data_curation.scan import SCAN, Scan, ScanTask, contents, has_spool, read_scan, scan, spool_path, stamp
-from data_curation.shards import is_written, write_shard
-from data_curation.slices import CODECS, DEFAULT_CODEC, SliceRule
+from data_curation.relatives import relatives
+from data_curation.scan import SCAN, Scan, ScanTask, has_spool, marks, read_constants, read_scan, scan, spool_path
+from data_curation.settings import Settings, Source, Splits
+from data_curation.shards import Shard, is_written, write_shard
 from launch.progress import Progress
 from launch.run import Outcome
-from launch.settings import Settings as Base
 
 __all__ = ["CurateError", "Settings", "Source", "Splits", "dry_run", "main"]
 
@@ -42,81 +48,11 @@ OURS = re.compile(r"(train|val|duplicates)-\d+\.(tar|parquet)")  # names of shar
 SHARDS_A_WORKER = 8  # a process that writes imports webdataset, hence torch: seconds, where a shard takes one
 
 
-class CurateError(ValueError):
-    """The curation cannot start: what stands against it and what to do."""
-
-
-class Source(Base):
-    """One data set on this machine."""
-
-    name: str = Field(description="name in the catalogue; `folder` takes any tree of images")
-    root: Path = Field(description="folder of the data set")
-    id: str = Field("", description="its name in the corpus, needed to use a catalogue name twice; default: the name")
-    licence: str = Field("", description="its licence, where the catalogue does not know it")
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in CATALOGUE:
-            raise ValueError(f"no data set is called {name!r}; there are: {', '.join(CATALOGUE)}")
-        return name
-
-
-class Splits(Base):
-    """Shares of the patients; they add up to 1. Which patient goes where is a hash, so small corpora deviate."""
-
-    train: float = Field(0.95, ge=0, le=1, description="share of the patients to train on")
-    val: float = Field(0.05, ge=0, le=1, description="share of the patients to validate on")
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if abs(self.train + self.val - 1) > 1e-9:
-            raise ValueError(f"train + val must be 1, got {self.train} + {self.val}")
-        return self
-
-
-class Settings(Base):
-    """What goes into the corpus, and how it is cut up."""
-
-    folder: Path = Field(description="the corpus: shards/, rows/, index.parquet and what is private")
-    datasets: tuple[Source, ...] = Field(min_length=1, description="data sets, the preferred copy of a scan first")
-    limits: Limits = Field(Limits(), description="what a volume must satisfy")
-    slices: SliceRule = Field(SliceRule(), description="which slices of a volume are kept")
-    duplicates: Literal["mark", "drop"] = Field(
-        "mark", description="slices seen before: keep them marked, or not at all"
-    )
-    include_held_out: bool = Field(False, description="also take cases that are kept for testing")
-    shard_slices: int = Field(2000, ge=1, description="slices after which a shard is full; a volume is never divided")
-    codec: str = Field(DEFAULT_CODEC, description=f"how slices are stored: {', '.join(CODECS)}")
-    split: Splits = Field(Splits(), description="shares of train and val")
-    seed: int = Field(0, description="draws the split and the order of slices")
-    salt: str = Field(
-        "", description="secret mixed into all hashed names; without one the seed is, which anyone may guess"
-    )
-    workers: int = Field(0, ge=0, description="processes; 0: one for each core")
-
-    @field_validator("codec")
-    @classmethod
-    def _codec(cls, codec: str) -> str:
-        if codec not in CODECS:
-            raise ValueError(f"no codec {codec!r}; there are: {', '.join(CODECS)}")
-        return codec
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        names = Counter(_id(source) for source in self.datasets)
-        twice = [name for name, count in names.items() if count > 1]
-        if twice:
-            raise ValueError(f"two data sets are called {', '.join(twice)}: give each its own `id:`")
-        return self
-
-
 def dry_run(settings: Settings) -> str:
     """What would be read, from headers alone."""
-    tasks, refused = _gather(settings)
+    tasks, refused = gather(settings)
     lines = []
-    for source in settings.datasets:
-        name = _id(source)
+    for name in dict.fromkeys([*(source.called for source in settings.datasets), *(task.dataset for task in tasks)]):
         mine = [task for task in tasks if task.dataset == name]
         out = sum(1 for task in mine if not task.spool)
         lines.append(
@@ -127,7 +63,7 @@ def dry_run(settings: Settings) -> str:
 
 
 def main(settings: Settings) -> Outcome:
-    """Makes or completes the corpus in `settings.folder`."""
+    """Makes, completes or extends the corpus in `settings.folder`."""
     start = time.monotonic()
     folder, workers = settings.folder, workers_for(settings.workers)
     _refuse_foreign(folder)
@@ -137,14 +73,17 @@ def main(settings: Settings) -> Outcome:
     with _alone(folder):
         for part in (Path(), Path("shards"), Path("rows"), SCAN, Path("private")):
             sweep(folder / part)
-        tasks, refused = _gather(settings)
+        tasks, refused = gather(settings)
+        finished = _finished(settings, tasks)
         scans = _known(folder, tasks)
         new = [task for task in tasks if task.volume not in scans]
         _scan(folder, new, scans, workers)
-        planned = _plan(settings, folder, tasks, scans, refused)
-        again = _write_all(folder, planned, tasks, scans, workers)
+        planned = _plan(settings, tasks, scans, refused, finished)
+        again = _write_all(folder, planned, tasks, scans, workers, bool(finished))
         read = sum(scans[task.volume].slices for task in new) + again
-        return _finish(settings, tasks, planned, refused, (read, time.monotonic() - start))
+        outcome = _finish(settings, tasks, scans, planned, refused, (read, time.monotonic() - start))
+        write_finished(folder, planned.shards, extended=bool(finished))
+        return outcome
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -166,55 +105,22 @@ def _alone(folder: Path) -> Iterator[None]:
         yield  # a file system without locks cannot tell; go on
 
 
-def _gather(settings: Settings) -> tuple[list[ScanTask], list[Refused]]:
-    """What is there, data set by data set. All folders are looked at before anything is read."""
-    tasks: list[ScanTask] = []
-    refused: list[Refused] = []
-    taken: dict[str, str] = {}
-    for source in settings.datasets:
-        if not source.root.is_dir():
-            raise CurateError(f"data set {_id(source)}: {source.root} is not a folder on this machine")
-    for source in settings.datasets:
-        name = _id(source)
-        found, ruled_out = cases(source.name, source.root)
-        refused += [Refused(name, *one) for one in ruled_out]
-        for case in found:
-            task = _task(settings, source, case)
-            if task.volume in taken:
-                text = f"the same data set, patient, study and series as {taken[task.volume]}"
-                refused.append(Refused(name, case.source, "same_identity", text))
-                continue
-            taken[task.volume] = case.source
-            tasks.append(task)
-    return tasks, refused
-
-
-def _task(settings: Settings, source: Source, case: Case) -> ScanTask:
-    name = _id(source)
-    spool = settings.include_held_out or not case.held_out
-    licence = _licence(source)
-    identity = (case.patient, case.study, case.series)
-    patient, study, volume = (_hashed(settings, name, *identity[:depth]) for depth in (1, 2, 3))
-    rules = (licence, case.held_out, spool, settings.limits, settings.slices, settings.codec, volume)
-    return ScanTask(
-        case,
-        name,
-        licence,
-        volume,
-        patient,
-        study,
-        stamp(case, *rules),
-        spool,
-        settings.limits,
-        settings.slices,
-        settings.codec,
-    )
-
-
-def _hashed(settings: Settings, *names: str) -> str:
-    """64 bits of a salted hash: enough to tell 100,000 volumes apart (chance of a clash 3 in 10^10)."""
-    salt = settings.salt or f"seed {settings.seed}"
-    return hashlib.sha256(json.dumps([salt, *names]).encode()).hexdigest()[:16]
+def _finished(settings: Settings, tasks: Sequence[ScanTask]) -> tuple[Shard, ...]:
+    """The shards that must stay as they are: all of a finished corpus that is extended now or was before."""
+    shards, extended = read_finished(settings.folder)
+    if not shards or not (extended or settings.extend):
+        return ()
+    lost = changed(shards, {task.volume: task.stamp for task in tasks})
+    if lost:
+        names = {task.volume: _named(task) for task in tasks}
+        example = names.get(lost[0], f"volume {lost[0]}, see {settings.folder / 'private' / 'sources.csv'}")
+        raise CurateError(
+            f"{len(lost)} volume(s) of the finished shards are gone or were changed, such as {example}: an extended "
+            "corpus needs all its earlier data sets, files and rules; restore them, or curate into another folder="
+        )
+    if not extended:
+        write_finished(settings.folder, shards, extended=True)  # from here on a run without extend= must not replan
+    return shards
 
 
 def _named(task: ScanTask) -> str:
@@ -248,31 +154,45 @@ def _scan(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], worke
 
 
 def _plan(
-    settings: Settings, folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], refused: list[Refused]
+    settings: Settings,
+    tasks: Sequence[ScanTask],
+    scans: dict[str, Scan],
+    refused: list[Refused],
+    finished: Sequence[Shard],
 ) -> Plan:
     """The shards; `refused` grows by what scans and plan speak against."""
     # A held-out case counts even if its scan was refused: what is tied to its patient must not be trained on.
     kept = [task for task in tasks if scans[task.volume].kept or not task.spool]
-    candidates = [
-        Candidate(task.volume, task.patient, task.stamp, _named(task), not task.spool, values)
-        for task, values in zip(kept, contents(folder, [task.volume for task in kept]), strict=True)
-    ]
+    order = {volume: i for i, volume in enumerate(dict.fromkeys(p.volume for shard in finished for p in shard.parts))}
+    kept.sort(key=lambda task: order.get(task.volume, len(order)))
+    candidates = [_candidate(settings.folder, task) for task in kept]
+    alike = relatives(settings.folder, candidates) if settings.likeness else ()
+    links = link([one.names for one in candidates], [one.contents for one in candidates], alike)
     rules = PlanRules(settings.seed, settings.shard_slices, settings.split.model_dump(), settings.duplicates == "drop")
-    planned = plan(candidates, rules)
+    planned = plan(candidates, links, rules, finished)
     for task in tasks:
         verdict = scans[task.volume]
         if not task.spool:
-            reason, detail = "held_out", f"{task.case.held_out}: include_held_out=true would take it"
+            remedy = "" if task.dataset.startswith("evaluation ") else ": include_held_out=true would take it"
+            reason, detail = "held_out", f"{task.case.held_out}{remedy}"
         elif task.volume in planned.refused:
             reason, detail = planned.refused[task.volume]
         else:
             reason, detail = verdict.reason, verdict.detail
         if not verdict.kept or not task.spool or task.volume in planned.refused:
-            refused.append(Refused(task.dataset, task.case.source, reason, detail))
+            refused.append(Refused(task.dataset, task.case.source, reason, detail, task.volume))
     return planned
 
 
-def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> int:
+def _candidate(folder: Path, task: ScanTask) -> Candidate:
+    contents, codes = marks(folder, task.volume)
+    names = (task.patient, *task.case.same_as)
+    return Candidate(task.volume, task.patient, names, task.stamp, _named(task), not task.spool, contents, codes)
+
+
+def _write_all(
+    folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int, extending: bool
+) -> int:
     """Writes the missing shards, removes those of other plans, and drops each spool when its last shard is there.
 
     Returns the number of slices that had to be read again.
@@ -281,8 +201,8 @@ def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: di
     missing = [shard for shard in planned.shards if not is_written(folder, shard)]
     there = [path for part in ("shards", "rows") for path in (folder / part).iterdir()]
     stale = [path for path in there if OURS.fullmatch(path.name) and path.stem not in names]
-    if missing or stale:  # the old index must not point into new shards
-        for name in (INDEX, "corpus.json"):
+    if (missing or stale) and not extending:  # the old index must not point into new shards
+        for name in (INDEX, "corpus.json", FINISHED):
             (folder / name).unlink(missing_ok=True)
     for path in stale:
         path.unlink()
@@ -315,31 +235,34 @@ def _restore(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], wo
 
 
 def _finish(
-    settings: Settings, tasks: Sequence[ScanTask], planned: Plan, refused: list[Refused], speed: tuple[int, float]
+    settings: Settings,
+    tasks: Sequence[ScanTask],
+    scans: dict[str, Scan],
+    planned: Plan,
+    refused: list[Refused],
+    speed: tuple[int, float],
 ) -> Outcome:
     """Index, lists and the summary."""
     folder = settings.folder
-    order = [_id(source) for source in settings.datasets]
+    order = list(dict.fromkeys([*(one.called for one in settings.datasets), *(task.dataset for task in tasks)]))
     refused.sort(key=lambda one: (order.index(one.dataset), one.source, one.reason))
     write_refused(folder, refused)
     named = [(task, task.case) for task in tasks]
     write_sources(folder, [(t.volume, t.dataset, c.source, c.patient, c.study, c.series) for t, c in named])
-    index = merge(folder, [shard.name for shard in planned.shards])
-    datasets = [Listed(_id(source), source.name, _licence(source)) for source in settings.datasets]
-    facts = count(index, datasets, refused)
-    rules = settings.model_dump(mode="json", include={"limits", "slices", "duplicates", "include_held_out", "codec"})
+    tally = Tally()
+    whole = fingerprint(tally.watch(merge(folder, [shard.name for shard in planned.shards], planned.withdrawn)))
+    kept = [task for task in tasks if task.volume in tally.volumes]
+    thinned = ((task.dataset, task.volume, read_constants(folder, task.volume)["left_out"]) for task in kept)
+    listed = {one.called: Listed(one.called, one.name, licence_of(one)) for one in settings.datasets}
+    datasets = [listed.get(name, Listed(name, "evaluation", "")) for name in order]
+    facts = count(tally, whole, datasets, refused, write_left_out(folder, thinned))
+    rules = settings.model_dump(
+        mode="json", include={"limits", "slices", "duplicates", "likeness", "include_held_out", "codec"}
+    )
     write_corpus(folder, {**facts, "rules": rules, "seed": settings.seed})
     print(summary(facts, *speed), flush=True)
-    if not len(index):
-        return Outcome((), (f"every file was refused: read {folder / 'refused.csv'}",), ok=False)
+    if not facts["slices"]:
+        return Outcome((), (f"every file was refused: read {folder / REFUSALS}",), ok=False)
     what = f"{facts['slices']:,} slices of {facts['volumes']:,} volumes in {len(planned.shards)} shards"
     made = f"{folder}: {what}, {facts['bytes'] / 1e6:,.1f} MB"
     return Outcome((made,), (f"axial report folder={folder}", f"axial pretrain CONFIG.yaml data.corpus={folder}"))
-
-
-def _id(source: Source) -> str:
-    return source.id or source.name
-
-
-def _licence(source: Source) -> str:
-    return source.licence or CATALOGUE[source.name].licence

@@ -1,14 +1,14 @@
 """The Parquet index: its schema, links between volumes that share pixels or a patient, splits, the fingerprint.
 
-Two volumes that share a slice (the same pixels up to clipping) are one duplicate group: a data set repackaged by
-another, the DICOM and the NIfTI of one scan, a part of a scan. Volumes of one patient and of one duplicate group
-always fall into the same split.
+Two volumes that share a slice (the same pixels up to clipping), or that likeness.py finds to be one scan, are one
+duplicate group: a data set repackaged by another, the DICOM and the NIfTI of one scan, a part of a scan, a mirrored or
+resliced copy. Volumes of one patient and of one duplicate group always fall into the same split.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_curation.aside import aside
+from data_curation.likeness import Alike
 
 __all__ = [
     "INDEX",
@@ -31,6 +32,7 @@ __all__ = [
     "read_index",
     "read_part",
     "split_of",
+    "unreadable",
 ]
 
 INDEX = "index.parquet"
@@ -55,27 +57,35 @@ SCHEMA = pa.schema(
         _field("z", pa.int32(), "slice number in the volume, 0 nearest the feet"),
         _field("position_mm", pa.float32(), "distance from the lowest slice of the volume, mm"),
         _field("n_slices", pa.int32(), "slices of the volume, left-out ones included"),
-        _field("height", pa.int32(), "rows, front to back"),
-        _field("width", pa.int32(), "columns, patient right to left"),
+        _field("height", pa.int32(), "stored rows, front to back"),
+        _field("width", pa.int32(), "stored columns, patient right to left"),
+        _field("frame_height", pa.int32(), "rows of the scan; those that are not stored are air, couch or padding"),
+        _field("frame_width", pa.int32(), "columns of the scan"),
+        _field("box_y", pa.int32(), "first stored row in the frame"),
+        _field("box_x", pa.int32(), "first stored column in the frame"),
+        _field("box", pa.string(), "the rule by which the stored part was chosen"),
+        _field("outside_max", pa.int16(), "highest HU of the frame that is not stored; -32768 if all is"),
+        _field("outside_body", pa.float32(), "share of the frame that is above -500 HU and not stored"),
         _field("spacing_z", pa.float32(), "distance between slices, mm"),
         _field("spacing_y", pa.float32(), "distance between rows, mm"),
         _field("spacing_x", pa.float32(), "distance between columns, mm"),
-        _field("hu_min", pa.int16(), "lowest HU"),
-        _field("hu_max", pa.int16(), "highest HU"),
-        _field("hu_mean", pa.float32(), "mean HU"),
-        _field("hu_std", pa.float32(), "standard deviation of the HU"),
-        _field("body_fraction", pa.float32(), "share of the pixels above -500 HU"),
+        _field("hu_min", pa.int16(), "lowest stored HU"),
+        _field("hu_max", pa.int16(), "highest stored HU"),
+        _field("hu_mean", pa.float32(), "mean of the stored HU"),
+        _field("hu_std", pa.float32(), "standard deviation of the stored HU"),
+        _field("body_fraction", pa.float32(), "share of the frame above -500 HU"),
         _field("rounding", pa.float32(), "largest part of an HU lost by rounding the volume's float values; mostly 0"),
         _field("notes", pa.string(), "what was repaired in the volume, '; ' between"),
-        _field("sha256", pa.string(), "SHA-256 of the pixels as little-endian int16, row by row"),
-        _field("content", pa.string(), "128 bits of SHA-256 of shape and pixels clipped to +-1000 HU; '' if uniform"),
+        _field("sha256", pa.string(), "SHA-256 of the stored pixels as little-endian int16, row by row"),
+        _field("content", pa.string(), "128 bits of SHA-256 of shape and every second row, clipped to +-1000 HU; '' if uniform"),
         _field("licence", pa.string(), "licence of the data set"),
         _field("held_out", pa.string(), "why the case is held out by default; '' for all others"),
-        _field("split", pa.string(), "train or val; one for all volumes of a patient and of a duplicate group"),
+        _field("split", pa.string(), "train, val, or excluded; one for all volumes of a patient and of a duplicate group"),
         _field(
             "duplicate_group", pa.string(), "first volume that shares slices with this one; itself if there is none"
         ),
         _field("duplicate", pa.bool_(), "the same content occurs in an earlier slice of the corpus"),
+        _field("excluded", pa.string(), "why a slice of a finished shard does not count any more; '' for all others"),
         _field("codec", pa.string(), "file ending of the stored slice; names the codec"),
         _field("shard", pa.string(), "file in shards/"),
         _field("offset", pa.int64(), "first byte of the stored slice in the shard"),
@@ -102,33 +112,48 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(path, columns=None if columns is None else list(columns))
     except (pa.ArrowInvalid, OSError) as error:
-        text = " ".join(str(error).split())
-        raise CorpusError(f"{path} cannot be read ({text}): delete it and run the same command again") from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: Exception) -> CorpusError:
+    """A step's file that is damaged or gone, as the error to raise."""
+    text = " ".join(str(error).split())
+    return CorpusError(f"{path} cannot be read ({text}): delete it and run the same command again")
 
 
 @dataclass(frozen=True)
 class Links:
     """What `link` found, by the positions of the volumes it was given."""
 
-    related: NDArray[np.int64]  # [V] first volume that this one is tied to by patients or shared slices, by any path
-    group: NDArray[np.int64]  # [V] first volume that this one is tied to by shared slices alone
-    duplicate: tuple[NDArray[np.bool_], ...]  # per volume [its slices]: the content occurs in an earlier slice
+    related: NDArray[np.int64]  # [V] first volume that this one is tied to by names, slices or likeness, by any path
+    group: NDArray[np.int64]  # [V] first volume that this one is tied to by slices or likeness alone
+    duplicate: tuple[NDArray[np.bool_], ...]  # per volume [its slices]: an earlier slice shows the same
 
 
-def link(patients: Sequence[str], contents: Sequence[NDArray[np.uint64]]) -> Links:
-    """Ties volumes together; `contents` are the first 64 bits of each slice's content, 0 for a uniform slice."""
+def link(names: Sequence[Sequence[str]], contents: Sequence[NDArray[np.uint64]], alike: Sequence[Alike] = ()) -> Links:
+    """Ties volumes together: by names that they share, by equal slices, by likeness.
+
+    `contents` are the first 64 bits of each slice's content, 0 for a uniform slice.
+    """
     sizes = [len(values) for values in contents]
     owner = np.repeat(np.arange(len(sizes)), sizes)
     values = np.concatenate([*contents, np.empty(0, np.uint64)])
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     first = first[inverse]
     first[values == 0] = np.flatnonzero(values == 0)
-    shared = np.stack([owner, owner[first]])
-    number = {patient: position for position, patient in reversed(list(enumerate(patients)))}
-    same = np.stack([np.arange(len(patients)), np.array([number[patient] for patient in patients], np.int64)])
-    duplicate = np.split(first != np.arange(len(values)), np.cumsum(sizes)[:-1]) if sizes else []
+    pairs = np.array([(pair.first, pair.second) for pair in alike], np.int64).reshape(-1, 2).T
+    shared = np.concatenate([np.stack([owner, owner[first]]), pairs], 1)
+    repeated = first != np.arange(len(values))
+    starts = np.cumsum([0, *sizes])
+    for pair in alike:
+        repeated[starts[pair.second] : starts[pair.second + 1]] |= pair.same
+    earliest: dict[str, int] = {}
+    same = [(i, earliest.setdefault(name, i)) for i, known in enumerate(names) for name in known]
+    named = np.array(same, np.int64).reshape(-1, 2).T
     return Links(
-        _components(np.concatenate([shared, same], 1), len(sizes)), _components(shared, len(sizes)), tuple(duplicate)
+        _components(np.concatenate([shared, named], 1), len(sizes)),
+        _components(shared, len(sizes)),
+        tuple(np.split(repeated, starts[1:-1])) if sizes else (),
     )
 
 
@@ -159,25 +184,35 @@ def split_of(patient: str, seed: int, fractions: Mapping[str, float]) -> str:
     return names[-1]
 
 
-def fingerprint(index: pa.Table) -> str:
-    """SHA-256 over all (key, sha256) in order of the keys: equal slices under equal names, however sharded."""
-    rows = index.select(["key", "sha256"])
-    rows = rows.take(pc.sort_indices(rows, sort_keys=[("key", "ascending")]))
-    digest = hashlib.sha256()
-    for batch in rows.to_batches(max_chunksize=65536):
-        for key, pixels in zip(batch["key"].to_pylist(), batch["sha256"].to_pylist(), strict=True):
-            digest.update(f"{key} {pixels}\n".encode())
-    return digest.hexdigest()
+def fingerprint(tables: Iterable[pa.Table]) -> str:
+    """256 bits over all (key, sha256), whatever their order: equal slices under equal names, however sharded.
+
+    The sum of the SHA-256 of every pair, so that a corpus of any size needs no sorting. It tells two corpora apart; it
+    is no defence against someone who forges slices, which the hashes of the slices themselves are.
+    """
+    total = 0
+    for table in tables:
+        for batch in table.select(["key", "sha256"]).to_batches(max_chunksize=65536):
+            for key, pixels in zip(batch["key"].to_pylist(), batch["sha256"].to_pylist(), strict=True):
+                total += int.from_bytes(hashlib.sha256(f"{key} {pixels}\n".encode()).digest(), "big")
+    return f"{total % 2**256:064x}"
 
 
-def merge(folder: Path, shards: Sequence[str]) -> pa.Table:
-    """Writes the index from the rows of the shards, in their order, and returns the columns that a summary needs."""
-    columns = ["key", "sha256", "dataset", "volume", "patient", "split", "duplicate", "size"]
-    kept = [SCHEMA.empty_table().select(columns)]
+def merge(folder: Path, shards: Sequence[str], withdrawn: Mapping[str, str]) -> Iterator[pa.Table]:
+    """Writes the index from the rows of the shards, in their order, and yields it in pieces, for a summary.
+
+    Volumes that are `withdrawn` get the split "excluded" and the reason. The index is in place when all is consumed.
+    """
+    gone, why = pa.array(list(withdrawn), pa.string()), pa.array(list(withdrawn.values()), pa.string())
     with aside(folder / INDEX) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         for start in range(0, len(shards), MERGED):
             tables = [read_part(folder / "rows" / f"{name}.parquet") for name in shards[start : start + MERGED]]
             table = pa.concat_tables([table.replace_schema_metadata(None).cast(SCHEMA) for table in tables])
+            if withdrawn:
+                found = pc.index_in(table["volume"], gone)
+                split = pc.if_else(pc.is_null(found), table["split"], "excluded")
+                reason = pc.fill_null(pc.take(why, found), "")
+                for name, values in (("split", split), ("excluded", reason)):
+                    table = table.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), values)
             writer.write_table(table.combine_chunks())
-            kept.append(table.select(columns))
-    return pa.concat_tables(kept)
+            yield table

@@ -2,7 +2,8 @@
 
 A shard holds whole volumes of one split, as they come in an order drawn from the seed, until it has its number of
 slices; so it holds many patients, and someone who streams `train-*.tar` gets neither the validation part nor anything
-twice. Slices seen before have shards of their own, `duplicates-*.tar`.
+twice. Slices seen before have shards of their own, `duplicates-*.tar`. A corpus that is extended keeps its finished
+shards as they are: new volumes go to new shards, into the split of whatever they are tied to.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation.index import link, split_of
+from data_curation.index import Links, split_of
 from data_curation.shards import Part, Shard
 
-__all__ = ["Candidate", "Plan", "PlanRules", "plan"]
+__all__ = ["DUPLICATES", "EXCLUDED", "Candidate", "Plan", "PlanRules", "plan"]
 
 DUPLICATES = "duplicates"
+EXCLUDED = "excluded"  # the split of slices in finished shards that must no longer be used
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,12 @@ class Candidate:
 
     volume: str
     patient: str
+    names: tuple[str, ...]  # whoever shares one of them is the same patient or scan, by what the catalogue knows
     stamp: str
     name: str  # data set and source, for messages
     excluded: bool
     contents: NDArray[np.uint64]  # [slices]
+    codes: NDArray[np.uint64]  # [slices]
 
 
 @dataclass(frozen=True)
@@ -46,46 +50,62 @@ class PlanRules:
 
 @dataclass(frozen=True)
 class Plan:
-    """The shards in the order of the index, and (reason, detail) of the candidates that get none."""
+    """The shards in the order of the index, the finished ones first.
+
+    `refused`: (reason, detail) of the candidates that get no shard. `withdrawn`: why a volume that lies in a finished
+    shard does not count any more.
+    """
 
     shards: tuple[Shard, ...]
     refused: Mapping[str, tuple[str, str]]
+    withdrawn: Mapping[str, str]
 
 
-def plan(candidates: Sequence[Candidate], rules: PlanRules) -> Plan:
-    """The same candidates, in whatever order the workers finished them, must be given in the same order."""
-    links = link([one.patient for one in candidates], [one.contents for one in candidates])
+def plan(candidates: Sequence[Candidate], links: Links, rules: PlanRules, finished: Sequence[Shard] = ()) -> Plan:
+    """The same candidates must be given in the same order, those of finished shards first; `links` are of their order."""
     leaks = {int(links.related[i]): one.name for i, one in reversed(list(enumerate(candidates))) if one.excluded}
+    settled = {part.volume: part.split for shard in finished for part in shard.parts}
     patients: dict[int, str] = {}
-    for related, one in zip(links.related, candidates, strict=True):
-        patients[int(related)] = min(one.patient, patients.get(int(related), one.patient))
+    splits: dict[int, str] = {}
+    for related, one in zip(links.related.tolist(), candidates, strict=True):
+        patients[related] = min(one.patient, patients.get(related, one.patient))
+        if one.volume in settled:
+            splits.setdefault(related, settled[one.volume])
     refused: dict[str, tuple[str, str]] = {}
+    withdrawn: dict[str, str] = {}
     parts: dict[str, list[Part]] = {**{name: [] for name in rules.fractions}, DUPLICATES: []}
     for i, one in enumerate(candidates):
         related = int(links.related[i])
         first = candidates[links.group[i]]
+        leak = f"the same patient as, or the same slices as in, {leaks[related]}" if related in leaks else ""
+        split = splits.get(related) or split_of(patients[related], rules.seed, rules.fractions)
         if one.excluded:
             continue
-        if related in leaks:
-            text = f"the same patient as, or slices shared with, {leaks[related]}, which is held out for testing"
-            refused[one.volume] = ("held_out_related", text)
+        if one.volume in settled:
+            if leak:
+                withdrawn[one.volume] = "tied to a case that is held out for testing"
+            elif settled[one.volume] != split:
+                withdrawn[one.volume] = f"tied to a patient of the split {split}"
+            continue
+        if leak:
+            refused[one.volume] = ("held_out_related", f"{leak}, which is held out for testing")
             continue
         repeated = links.duplicate[i]
         if rules.drop_duplicates and repeated.all():
             refused[one.volume] = ("duplicate", f"every slice also occurs in {first.name} or others before")
             continue
-        split = split_of(patients[related], rules.seed, rules.fractions)
         for group, chosen in ((split, ~repeated), (DUPLICATES, repeated)):
             rows = tuple(np.flatnonzero(chosen).tolist())
             if rows and not (rules.drop_duplicates and group == DUPLICATES):
                 parts[group].append(Part(one.volume, one.stamp, rows, split, first.volume, group == DUPLICATES))
-    shards = [shard for group, members in parts.items() for shard in _cut(group, members, rules)]
-    return Plan(tuple(shards), refused)
+    made = [shard for group, members in parts.items() for shard in _cut(group, members, rules, finished)]
+    return Plan((*finished, *made), refused, withdrawn)
 
 
-def _cut(group: str, parts: Sequence[Part], rules: PlanRules) -> list[Shard]:
+def _cut(group: str, parts: Sequence[Part], rules: PlanRules, finished: Sequence[Shard]) -> list[Shard]:
     """Volumes in the seed's order, a new shard whenever the last one is full."""
     ordered = sorted(parts, key=lambda part: hashlib.sha256(f"{rules.seed} {part.volume}".encode()).digest())
+    start = sum(shard.name.startswith(f"{group}-") for shard in finished)
     filled: list[list[Part]] = []
     room = 0
     for part in ordered:
@@ -94,4 +114,4 @@ def _cut(group: str, parts: Sequence[Part], rules: PlanRules) -> list[Shard]:
             room = rules.shard_slices
         filled[-1].append(part)
         room -= len(part.rows)
-    return [Shard(f"{group}-{number:06d}", tuple(members), rules.seed) for number, members in enumerate(filled)]
+    return [Shard(f"{group}-{number:06d}", tuple(members), rules.seed) for number, members in enumerate(filled, start)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,34 @@ from numpy.typing import NDArray
 from data_curation.aside import aside, write_parquet
 from data_curation.catalogue import Case
 from data_curation.checks import Limits, Verdict, check, repair
-from data_curation.index import read_part
-from data_curation.slices import SliceRule, checksum, cut, encode
+from data_curation.index import read_part, unreadable
+from data_curation.likeness import SIDE, sign
+from data_curation.slices import Slice, SliceRule, checksum, content, cut, encode, sha256
 from data_curation.volumes import Volume, VolumeError, read
 
-__all__ = ["Scan", "ScanTask", "contents", "has_spool", "read_rows", "read_scan", "scan", "spool_path", "stamp"]
+__all__ = [
+    "SCAN",
+    "Scan",
+    "ScanTask",
+    "has_spool",
+    "marks",
+    "read_constants",
+    "read_rows",
+    "read_scan",
+    "scan",
+    "spool_path",
+    "stamp",
+    "thumbs",
+]
 
-FORMAT = 1  # another number makes every earlier scan invalid
+FORMAT = 2  # another number makes every earlier scan invalid
 SCAN = Path("private", "scan")
 _COLUMNS = pa.schema(
     [
-        ("z", pa.int32()), ("hu_min", pa.int16()), ("hu_max", pa.int16()), ("hu_mean", pa.float32()),
-        ("hu_std", pa.float32()), ("body_fraction", pa.float32()), ("sha256", pa.string()), ("content", pa.string()),
+        ("z", pa.int32()), ("box_y", pa.int32()), ("box_x", pa.int32()), ("height", pa.int32()), ("width", pa.int32()),
+        ("outside_max", pa.int16()), ("outside_body", pa.float32()), ("hu_min", pa.int16()), ("hu_max", pa.int16()),
+        ("hu_mean", pa.float32()), ("hu_std", pa.float32()), ("body_fraction", pa.float32()), ("sha256", pa.string()),
+        ("content", pa.string()), ("code", pa.uint64()), ("thumb", pa.binary(SIDE * SIDE)),
         ("at", pa.int64()), ("size", pa.int32()), ("crc32", pa.uint32()),
     ]
 )  # fmt: skip
@@ -87,8 +102,9 @@ def scan(folder: Path, task: ScanTask) -> Scan:
     constants: dict[str, Any] = {}
     spooled = 0
     if volume is not None:
-        constants = _constants(task, volume)
-        rows, spooled = _encode(folder, task, volume)
+        left_out: dict[int, str] = {}
+        rows, spooled = _encode(folder, task, volume, left_out)
+        constants = {**_constants(task, volume), "left_out": list(left_out.items())}
         if not rows:
             verdict = Verdict(False, "air", f"none of {len(volume.hu)} slices shows a body")
     result = Scan(task.stamp, verdict.kept, verdict.reason, verdict.detail, len(rows), spooled, again)
@@ -118,34 +134,39 @@ def _constants(task: ScanTask, volume: Volume) -> dict[str, Any]:
     return {
         "dataset": task.dataset, "licence": task.licence, "held_out": task.case.held_out,
         "volume": task.volume, "patient": task.patient, "study": task.study,
-        "n_slices": depth, "height": height, "width": width,
+        "n_slices": depth, "frame_height": height, "frame_width": width, "box": task.rule.stored,
         "spacing_z": volume.spacing[0], "spacing_y": volume.spacing[1], "spacing_x": volume.spacing[2],
         "rounding": volume.rounding, "notes": "; ".join(volume.notes), "codec": task.codec,
     }  # fmt: skip
 
 
-def _encode(folder: Path, task: ScanTask, volume: Volume) -> tuple[list[dict[str, Any]], int]:
+def _encode(
+    folder: Path, task: ScanTask, volume: Volume, left_out: dict[int, str]
+) -> tuple[list[dict[str, Any]], int]:
     """The rows, and the bytes of the spool that now holds the encoded slices."""
-    at = 0
     rows: list[dict[str, Any]] = []
-
-    def measured() -> Iterator[bytes]:
-        nonlocal at
-        for cut_slice in cut(volume.hu, volume.spacing[0], task.rule):
-            data = encode(cut_slice.hu, task.codec) if task.spool else b""
-            own = {"z": cut_slice.z, "body_fraction": cut_slice.body_fraction, **cut_slice.statistics()}
-            hashes = {"sha256": cut_slice.sha256, "content": cut_slice.content, "crc32": checksum(data)}
-            rows.append({**own, **hashes, "at": at, "size": len(data)})
-            at += len(data)
-            yield data
-
-    if task.spool:
-        with aside(spool_path(folder, task.volume)) as file:
-            for data in measured():
-                file.write(data)
-    else:
-        list(measured())
+    kept = cut(volume.hu, volume.spacing, task.rule, left_out)
+    if not task.spool:
+        for one in kept:
+            rows.append(_row(one, b"", 0))
+        return rows, 0
+    at = 0
+    with aside(spool_path(folder, task.volume)) as file:
+        for one in kept:
+            data = encode(one.hu, task.codec)
+            rows.append(_row(one, data, at))
+            at += file.write(data)
     return rows, at
+
+
+def _row(one: Slice, data: bytes, at: int) -> dict[str, Any]:
+    likeness = sign(one.hu)
+    return {
+        "z": one.z, "box_y": one.box.y, "box_x": one.box.x, "height": one.box.height, "width": one.box.width,
+        "outside_max": one.outside_max, "outside_body": one.outside_body, "body_fraction": one.body_fraction,
+        **one.statistics(), "sha256": sha256(one.hu), "content": content(one.hu),
+        "code": likeness.code, "thumb": likeness.thumb.tobytes(), "at": at, "size": len(data), "crc32": checksum(data),
+    }  # fmt: skip
 
 
 def _proof_path(folder: Path, volume: str) -> Path:
@@ -175,8 +196,9 @@ def read_scan(folder: Path, volume: str) -> Scan | None:
 
 def read_rows(folder: Path, volume: str) -> list[dict[str, Any]]:
     """One row per kept slice, with the columns of the index that do not depend on the plan, and `at` in the spool."""
-    table = read_part(_proof_path(folder, volume))
-    constants = json.loads(table.schema.metadata[b"volume"])
+    table = read_part(_proof_path(folder, volume), [name for name in _COLUMNS.names if name not in ("code", "thumb")])
+    constants = read_constants(folder, volume)
+    del constants["left_out"]
     rows = []
     for row in table.to_pylist():
         key, position = f"{volume}_{row['z']:05d}", row["z"] * constants["spacing_z"]
@@ -184,10 +206,24 @@ def read_rows(folder: Path, volume: str) -> list[dict[str, Any]]:
     return rows
 
 
-def contents(folder: Path, volumes: Sequence[str]) -> list[NDArray[np.uint64]]:
-    """Per volume and slice the first 64 bits of its content, 0 for a uniform slice."""
-    found = []
-    for volume in volumes:
-        names = read_part(_proof_path(folder, volume), ["content"])["content"].to_pylist()
-        found.append(np.array([int(name[:16] or "0", 16) for name in names], np.uint64))
-    return found
+def read_constants(folder: Path, volume: str) -> dict[str, Any]:
+    """What all slices of a kept volume have in common, and `left_out`: (z, reason) of the slices that are not kept."""
+    path = _proof_path(folder, volume)
+    try:
+        constants: dict[str, Any] = json.loads(pq.read_schema(path).metadata[b"volume"])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise unreadable(path, error) from None
+    return constants
+
+
+def marks(folder: Path, volume: str) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Per kept slice the first 64 bits of its content, 0 for a uniform one, and its perceptual code."""
+    table = read_part(_proof_path(folder, volume), ["content", "code"])
+    contents = [int(name[:16] or "0", 16) for name in table["content"].to_pylist()]
+    return np.array(contents, np.uint64), table["code"].to_numpy()
+
+
+def thumbs(folder: Path, volume: str) -> NDArray[np.uint8]:
+    """The thumbnails [S, SIDE, SIDE] of the kept slices."""
+    stored = read_part(_proof_path(folder, volume), ["thumb"])["thumb"].to_pylist()
+    return np.frombuffer(b"".join(stored), np.uint8).reshape(-1, SIDE, SIDE)

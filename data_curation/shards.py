@@ -109,7 +109,9 @@ def _fill(file: IO[bytes], rows: list[dict[str, Any]], spools: Mapping[str, IO[b
 
 def _rows(folder: Path, shard: Shard) -> Iterator[dict[str, Any]]:
     for part in shard.parts:
-        planned = {"split": part.split, "duplicate_group": part.duplicate_group, "duplicate": part.duplicate}
+        planned = {
+            "split": part.split, "duplicate_group": part.duplicate_group, "duplicate": part.duplicate, "excluded": ""
+        }  # fmt: skip
         rows = read_rows(folder, part.volume)
         for position in part.rows:
             yield {**rows[position], **planned, "shard": f"{shard.name}.tar"}
@@ -126,5 +128,6 @@ def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a reader of the stream gets beside the pixels; nothing that names a patient."""
     same = ("dataset", "volume", "z", "n_slices", "hu_min", "hu_max", "body_fraction", "split", "licence", "sha256")
     spacing = [row["spacing_z"], row["spacing_y"], row["spacing_x"]]
-    shape = [row["height"], row["width"]]
-    return {**{name: row[name] for name in same}, "spacing_zyx_mm": spacing, "shape_yx": shape}
+    pairs = {"shape_yx": ("height", "width"), "frame_yx": ("frame_height", "frame_width"), "box_yx": ("box_y", "box_x")}
+    places = {name: [row[y], row[x]] for name, (y, x) in pairs.items()}
+    return {**{name: row[name] for name in same}, "spacing_zyx_mm": spacing, **places}

@@ -1,25 +1,28 @@
 """Volume -> axial slices: which ones are kept, how their HU are stored without loss, what is measured on each.
 
-A slice is stored at its own resolution as a signed 16-bit image. The default codec is HTJ2K (JPEG 2000 Part 15,
-OpenJPH through imagecodecs): about 2.7 times smaller than raw and decoded in under 2 ms at 512 x 512.
+A slice is stored at its own resolution as a signed 16-bit image of the box around the patient (box.py). The default
+codec is HTJ2K (JPEG 2000 Part 15, OpenJPH through imagecodecs); blosc2 is a third larger and twice as fast to decode.
+`tests/benchmarks/bench_corpus.py` prints the table that the choice rests on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from data_curation.box import BODY_HU, Box, body_box, outside
 from launch.settings import Settings
 
 __all__ = [
-    "BODY_HU",
     "CODECS",
     "DEFAULT_CODEC",
     "Codec",
@@ -27,13 +30,16 @@ __all__ = [
     "SliceError",
     "SliceRule",
     "checksum",
+    "content",
     "cut",
     "decode",
     "encode",
+    "sha256",
 ]
 
-BODY_HU = -500  # above: soft tissue, bone, fat, blood; below: air and most of the lung
-CLIP_HU = 1000  # repackaged data sets are often clipped at -1000 or -1024; `Slice.content` must not see it
+LARGEST = 65535  # rows or columns
+_SIZES = 4  # bytes before the pixels of a .b2 slice
+CLIP_HU = 1000  # repackaged data sets are often clipped at -1000 or -1024; `content` must not see it
 DEFAULT_CODEC = "j2c"
 
 
@@ -76,9 +82,32 @@ def _decode_png(data: bytes) -> NDArray[np.int16]:
     return (stored ^ np.uint16(0x8000)).view(np.int16)
 
 
+def _encode_blosc2(hu: NDArray[np.int16]) -> bytes:
+    """Rows and columns as little-endian 16 bits each, then a blosc2 chunk of the pixels as little-endian int16."""
+    import imagecodecs
+
+    pixels = np.ascontiguousarray(hu, "<i2")
+    packed = imagecodecs.blosc2_encode(pixels, level=1, compressor="zstd", shuffle=1, typesize=2, numthreads=1)
+    return struct.pack("<HH", *hu.shape) + bytes(packed)
+
+
+def _decode_blosc2(data: bytes) -> NDArray[np.int16]:
+    import imagecodecs
+
+    if len(data) <= _SIZES or 0 in (shape := struct.unpack_from("<HH", data)):
+        raise ValueError("no rows and columns at its start")
+    hu = np.empty(shape, "<i2")
+    pixels = hu.reshape(-1).view(np.uint8)
+    filled = len(imagecodecs.blosc2_decode(memoryview(data)[_SIZES:], out=pixels, numthreads=1))
+    if filled != hu.nbytes:
+        raise ValueError(f"it holds {filled} bytes of pixels, not {hu.nbytes}")
+    return hu
+
+
 CODECS: Mapping[str, Codec] = MappingProxyType(
     {
         "j2c": Codec(_encode_htj2k, _decode_htj2k),
+        "b2": Codec(_encode_blosc2, _decode_blosc2),
         "png": Codec(_encode_png, _decode_png),  # HU + 32768; a third larger and twice as slow, but read by everything
     }
 )
@@ -86,8 +115,8 @@ CODECS: Mapping[str, Codec] = MappingProxyType(
 
 def encode(hu: NDArray[np.int16], codec: str = DEFAULT_CODEC) -> bytes:
     """The lossless bytes of one slice, int16 [Y, X]. The same pixels give the same bytes."""
-    if hu.dtype != np.int16 or hu.ndim != 2 or hu.size == 0:
-        raise SliceError(f"a slice is int16 [Y, X] with at least one pixel, got {hu.dtype} {list(hu.shape)}")
+    if hu.dtype != np.int16 or hu.ndim != 2 or hu.size == 0 or max(hu.shape) > LARGEST:
+        raise SliceError(f"a slice is int16 [Y, X] of 1 to {LARGEST} rows and columns, got {hu.dtype} {list(hu.shape)}")
     return _codec(codec).encode(np.ascontiguousarray(hu))
 
 
@@ -107,6 +136,23 @@ def decode(data: bytes, codec: str = DEFAULT_CODEC) -> NDArray[np.int16]:
     return hu
 
 
+def sha256(hu: NDArray[np.int16]) -> str:
+    """SHA-256 of the pixels as little-endian int16, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(hu, "<i2").data).hexdigest()
+
+
+def content(hu: NDArray[np.int16]) -> str:
+    """Equal for two copies of a slice that differ only by clipping at or beyond +-1000 HU, or by more air around it.
+
+    128 bits of SHA-256 over the stored shape and every second row of the clipped pixels (all rows say no more and take
+    twice as long); "" if they are uniform, which says nothing about where they come from.
+    """
+    clipped = np.clip(hu[::2], -CLIP_HU, CLIP_HU)
+    if clipped.min() == clipped.max():
+        return ""
+    return hashlib.sha256(repr(hu.shape).encode() + clipped.astype("<i2", copy=False).tobytes()).hexdigest()[:32]
+
+
 def checksum(data: bytes) -> int:
     """CRC-32 of stored bytes, by zlib-ng where imagecodecs has it: a seventh of the time of Python's own zlib."""
     import imagecodecs
@@ -121,44 +167,39 @@ def _codec(name: str) -> Codec:
 
 
 class SliceRule(Settings):
-    """Which slices of a kept volume enter the corpus. The default keeps every slice that shows any body."""
+    """Which slices of a kept volume enter the corpus, and how much of each. The default keeps all that shows a body."""
 
     every_mm: float = Field(0.0, ge=0, description="keep about one slice every so many mm; 0 keeps all")
     skip_air: bool = Field(True, description="leave out slices that show nothing but air")
     min_body: float = Field(0.001, ge=0, le=1, description=f"a slice with less of its area above {BODY_HU} HU is air")
+    box: Literal["body", "none"] = Field("body", description="body: store the part around the patient; none: all of it")
+    margin_mm: float = Field(6.0, ge=0, description="kept around the patient on each side, where box is body")
+
+    @property
+    def stored(self) -> str:
+        """In words, what part of a slice is stored."""
+        if self.box == "none":
+            return "whole slice"
+        return f"parts of the patient above {BODY_HU} HU and {self.margin_mm:g} mm around them"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One axial slice and what was measured on it. `z` counts from the feet; `mean` and `std` are in HU."""
+    """One axial slice and what was measured on it. `z` counts from the feet."""
 
     z: int
-    hu: NDArray[np.int16]  # [Y, X], a view of the volume
-    body_fraction: float  # share of pixels above BODY_HU
-
-    @property
-    def sha256(self) -> str:
-        """Of the exact pixels: little-endian int16, row by row."""
-        return hashlib.sha256(np.ascontiguousarray(self.hu, "<i2").data).hexdigest()
-
-    @property
-    def content(self) -> str:
-        """Equal for two copies of a slice that differ only by clipping at or beyond +-1000 HU; "" if it is uniform.
-
-        128 bits of SHA-256 over shape and clipped pixels. A uniform slice says nothing about where it comes from.
-        """
-        clipped = np.clip(self.hu, -CLIP_HU, CLIP_HU)
-        if clipped.min() == clipped.max():
-            return ""
-        return hashlib.sha256(repr(self.hu.shape).encode() + clipped.astype("<i2", copy=False).tobytes()).hexdigest()[
-            :32
-        ]
+    hu: NDArray[np.int16]  # [Y, X] of the box, C-contiguous
+    box: Box  # where in the frame
+    frame: tuple[int, int]  # rows and columns of the scan
+    body_fraction: float  # share of the frame above BODY_HU
+    outside_max: int = -32768  # highest HU of the frame outside the box
+    outside_body: float = 0.0  # share of the frame that is above BODY_HU and outside the box
 
     def statistics(self) -> dict[str, int | float]:
-        """hu_min, hu_max, hu_mean, hu_std; the sums are exact in float64 up to 8 million pixels, so in any order."""
+        """hu_min, hu_max, hu_mean, hu_std of the stored pixels; the sums are exact in float64, so in any order."""
         values = self.hu.ravel().astype(np.float64)
         mean = float(values.sum()) / values.size
-        variance = max(float(np.square(values).sum()) / values.size - mean * mean, 0.0)
+        variance = max(float(values @ values) / values.size - mean * mean, 0.0)
         return {
             "hu_min": int(self.hu.min()),
             "hu_max": int(self.hu.max()),
@@ -167,16 +208,27 @@ class Slice:
         }
 
 
-def cut(hu: NDArray[np.int16], spacing_z: float, rule: SliceRule) -> Iterator[Slice]:
-    """The slices of hu [Z, Y, X] that the rule keeps, from the feet up."""
+def cut(
+    hu: NDArray[np.int16], spacing: tuple[float, float, float], rule: SliceRule, left_out: dict[int, str]
+) -> Iterator[Slice]:
+    """The slices of hu [Z, Y, X] with `spacing` (z, y, x) mm that the rule keeps, from the feet up.
+
+    `left_out` gets the number of every other slice, and why: "between" (every_mm) or "air".
+    """
     last = None
     for z, plane in enumerate(hu):
         if rule.every_mm > 0:
-            step = int(z * spacing_z / rule.every_mm + 1e-6)
+            step = int(z * spacing[0] / rule.every_mm + 1e-6)
             if step == last:
+                left_out[z] = "between"
                 continue
             last = step
         body = np.count_nonzero(plane > BODY_HU) / plane.size
         if rule.skip_air and (body == 0 or body < rule.min_body):
+            left_out[z] = "air"
             continue
-        yield Slice(z, plane, body)
+        whole = Box(0, 0, *plane.shape)
+        box = body_box(plane, spacing[1:], rule.margin_mm) if rule.box == "body" else whole
+        highest, missed = outside(plane, box)
+        stored = np.ascontiguousarray(box.of(plane))
+        yield Slice(z, stored, box, (whole.height, whole.width), body, highest, missed / plane.size)

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 import data_curation.corpus
 from data_curation.corpus import Corpus, CorpusError
 from data_curation.index import read_index
-from data_curation.slices import Slice
+from data_curation.slices import content
 
 
 @pytest.fixture
@@ -33,11 +33,18 @@ def test_every_slice_comes_back(corpus: Path, scans: Path) -> None:
     }
     every = Corpus(corpus, None, duplicates=True, verify=True)
     index = read_index(corpus)
+    boxed = Corpus(corpus, None, duplicates=True, frame=False)
     assert len(every) == len(index) == 97
     for i in range(len(every)):
         volume, z = index["volume"][i].as_py(), index["z"][i].as_py()
-        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(sources[volume])))[z]
+        scan = sitk.GetArrayFromImage(sitk.ReadImage(str(sources[volume])))[z]
+        top, left, height, width = (index[name][i].as_py() for name in ("box_y", "box_x", "height", "width"))
+        part = np.s_[top : top + height, left : left + width]
+        expected = np.full_like(scan, -1024)
+        expected[part] = scan[part]
         np.testing.assert_array_equal(every.hu(i), expected)
+        np.testing.assert_array_equal(boxed.hu(i), scan[part])
+        assert boxed.shape(i) == (height, width)
         assert every.spacing(i) == pytest.approx((0.8, 0.75))
         assert every.shape(i) == expected.shape
         assert every.key(i) == f"{volume}_{z:05d}"
@@ -51,7 +58,7 @@ def test_splits_and_duplicates(corpus: Path) -> None:
     assert keys[0]
     assert keys[1]
     assert not keys[0] & keys[1]
-    assert len({Slice(0, once.hu(i), 0.0).content for i in range(len(once))}) == len(once)
+    assert len({content(once.hu(i)) for i in range(len(once))}) == len(once)
     with pytest.raises(CorpusError, match="no split 'test'; it has: train, val"):
         Corpus(corpus, "test")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -20,20 +21,24 @@ from tests.data_curation.curated import settings, state
 WriteScan = Any  # the fixture of conftest.py
 
 
+def refusals(folder: Path) -> list[dict[str, str]]:
+    with (folder / "private" / "refused.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def refused(folder: Path) -> dict[str, str]:
-    return {row["source"]: row["reason"] for row in pq.read_table(folder / "refused.parquet").to_pylist()}
+    return {row["source"]: row["reason"] for row in refusals(folder)}
 
 
 def test_what_a_corpus_holds(corpus: Path, scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in corpus.iterdir()) == [
-        "corpus.json", "index.parquet", "private", "refused.csv", "refused.parquet", "rows", "shards"
+        "corpus.json", "index.parquet", "left_out.parquet", "private", "refused.parquet", "rows", "shards"
     ]  # fmt: skip
     facts = json.loads((corpus / "corpus.json").read_text())
     assert (facts["slices"], facts["volumes"], facts["duplicate_slices"]) == (97, 11, 8)
     assert set(refused(corpus)) == {"Broken/ct.nii.gz", "Empty/ct.nii.gz"}
-    lines = (corpus / "refused.csv").read_text().splitlines()
-    assert lines[0] == "dataset,source,reason,detail"
-    assert len(lines) == 3
+    listed = pq.read_table(corpus / "refused.parquet").to_pylist()
+    assert [set(row) for row in listed] == [{"dataset", "volume", "reason"}] * 2
     names = {path.stem for path in (corpus / "shards").iterdir()}
     assert names == {path.stem for path in (corpus / "rows").iterdir()}
     assert names >= {"train-000000", "val-000000", "duplicates-000000"}
@@ -59,7 +64,7 @@ def test_duplicates_can_be_dropped(tmp_path: Path, scans: Path) -> None:
     index = read_index(tmp_path / "corpus")
     assert (len(index), sum(index["duplicate"].to_pylist())) == (89, 0)
     row = next(
-        r for r in pq.read_table(tmp_path / "corpus" / "refused.parquet").to_pylist() if r["reason"] == "duplicate"
+        r for r in refusals(tmp_path / "corpus") if r["reason"] == "duplicate"
     )
     assert row["source"] == "Twin_of_3/ct.nrrd"
     assert "Jane_Doe_3/ct.nii.gz" in row["detail"]
@@ -81,7 +86,7 @@ def test_a_reader_that_fails_unexpectedly_costs_one_volume(
 
     monkeypatch.setattr(data_curation.scan, "read", read)
     assert main(settings(tmp_path / "corpus", tmp_path / "in")).ok
-    rows = pq.read_table(tmp_path / "corpus" / "refused.parquet").to_pylist()
+    rows = refusals(tmp_path / "corpus")
     assert [(row["source"], row["reason"]) for row in rows] == [
         ("b/ct.nii.gz", "unreadable"),
         ("c/ct.nii.gz", "memory"),
@@ -122,7 +127,7 @@ def test_held_out_cases_and_their_copies_stay_out(tmp_path: Path, write_scan: Wr
     main(Settings.model_validate({"folder": tmp_path / "corpus", **given}))
     assert set(read_index(tmp_path / "corpus")["dataset"].to_pylist()) == {"msd_spleen"}
     assert len(read_index(tmp_path / "corpus")) == 24
-    rows = pq.read_table(tmp_path / "corpus" / "refused.parquet").to_pylist()
+    rows = refusals(tmp_path / "corpus")
     assert [(row["source"], row["reason"]) for row in rows] == [
         ("imagesTs/spleen_3.nii.gz", "held_out"),
         ("repackaged/ct.nii.gz", "held_out_related"),

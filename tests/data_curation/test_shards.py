@@ -17,7 +17,7 @@ import webdataset
 from data_curation.aside import aside, sweep
 from data_curation.index import CorpusError, read_index
 from data_curation.shards import Part, Shard, is_written, write_shard
-from data_curation.slices import Slice, decode
+from data_curation.slices import decode, sha256
 
 
 def test_rows_point_at_the_bytes_of_the_tar(corpus: Path) -> None:
@@ -42,9 +42,11 @@ def test_webdataset_reads_the_shards(corpus: Path) -> None:
     for sample in webdataset.WebDataset(urls, shardshuffle=False):
         row, facts = index[sample["__key__"]], json.loads(sample["json"])
         hu = decode(sample["j2c"])
-        assert Slice(0, hu, 0.0).sha256 == row["sha256"] == facts["sha256"]
+        assert sha256(hu) == row["sha256"] == facts["sha256"]
         assert facts["spacing_zyx_mm"] == pytest.approx([2.5, 0.8, 0.75])
         assert facts["shape_yx"] == list(hu.shape)
+        assert facts["frame_yx"] == [row["frame_height"], row["frame_width"]]
+        assert facts["box_yx"] == [row["box_y"], row["box_x"]]
         assert (facts["hu_min"], facts["hu_max"], facts["z"]) == (hu.min(), hu.max(), row["z"])
         met.add(sample["__key__"])
     assert met == {row["key"] for row in index.values() if row["split"] == "train" and not row["duplicate"]}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data_curation.slices import CODECS, Slice, SliceError, SliceRule, checksum, cut, decode, encode
+from data_curation.slices import CODECS, SliceError, SliceRule, checksum, content, cut, decode, encode, sha256
 
 KINDS = {
     "any": lambda draw, shape: draw.integers(-32768, 32768, shape),
@@ -58,7 +58,7 @@ def test_wrong_bytes_and_codecs_are_refused() -> None:
         decode(b"not an image", "png")
     with pytest.raises(SliceError, match=r"not a \.j2c image"):
         decode(b"", "j2c")
-    with pytest.raises(SliceError, match=r"no codec for \.pkl; there are: j2c, png"):
+    with pytest.raises(SliceError, match=r"no codec for \.pkl; there are: j2c, b2, png"):
         decode(b"", "pkl")
 
 
@@ -75,40 +75,66 @@ def volume(depth: int = 12) -> NDArray[np.int16]:
     return hu
 
 
-def test_air_is_left_out() -> None:
-    assert [one.z for one in cut(volume(), 1.0, SliceRule())] == list(range(3, 12))
-    assert [one.z for one in cut(volume(), 1.0, SliceRule(min_body=0))] == list(range(2, 12))
-    assert [one.z for one in cut(volume(), 1.0, SliceRule(skip_air=False))] == list(range(12))
+MM = (1.0, 1.0, 1.0)
+
+
+def kept(hu: NDArray[np.int16], rule: SliceRule, spacing_z: float = 1.0) -> list[int]:
+    return [one.z for one in cut(hu, (spacing_z, 1.0, 1.0), rule, {})]
+
+
+def test_air_is_left_out_and_listed() -> None:
+    left_out: dict[int, str] = {}
+    assert [one.z for one in cut(volume(), MM, SliceRule(), left_out)] == list(range(3, 12))
+    assert left_out == {0: "air", 1: "air", 2: "air"}
+    assert kept(volume(), SliceRule(min_body=0)) == list(range(2, 12))
+    assert kept(volume(), SliceRule(skip_air=False)) == list(range(12))
 
 
 @settings(deadline=None)
 @given(st.floats(0.3, 12), st.floats(0.3, 30))
 def test_every_mm_keeps_slices_at_that_distance(spacing: float, every: float) -> None:
     hu = np.zeros((60, 2, 2), np.int16)
-    kept = np.array([one.z for one in cut(hu, spacing, SliceRule(every_mm=every))])
-    assert kept[0] == 0
+    left_out: dict[int, str] = {}
+    chosen = np.array([one.z for one in cut(hu, (spacing, 1.0, 1.0), SliceRule(every_mm=every), left_out)])
+    assert chosen[0] == 0
+    assert left_out == dict.fromkeys(sorted(set(range(60)) - set(chosen.tolist())), "between")
     if every <= spacing:
-        assert len(kept) == 60
+        assert len(chosen) == 60
     else:
-        assert np.all(np.diff(kept) * spacing > every - spacing - 1e-3)
-        assert np.all(np.diff(kept) * spacing < every + spacing + 1e-3)
+        assert np.all(np.diff(chosen) * spacing > every - spacing - 1e-3)
+        assert np.all(np.diff(chosen) * spacing < every + spacing + 1e-3)
 
 
 def test_statistics_are_those_of_numpy() -> None:
     hu = np.random.default_rng(2).integers(-1024, 3072, (64, 48)).astype(np.int16)
-    measured = Slice(0, hu, 0.0).statistics()
+    one = next(cut(hu[None], MM, SliceRule(box="none"), {}))
+    measured = one.statistics()
     assert (measured["hu_min"], measured["hu_max"]) == (hu.min(), hu.max())
     assert measured["hu_mean"] == pytest.approx(hu.mean())
     assert measured["hu_std"] == pytest.approx(hu.std())
-    assert next(cut(hu[None], 1.0, SliceRule())).body_fraction == np.mean(hu > -500)
+    assert one.body_fraction == np.mean(hu > -500)
 
 
 def test_content_sees_through_clipping_but_not_through_change() -> None:
     hu = np.random.default_rng(3).integers(-2000, 3000, (30, 20)).astype(np.int16)
-    same, other = Slice(0, hu.clip(-1024, 1500), 0.0), hu.copy()
+    same, other = hu.clip(-1024, 1500), hu.copy()
     other[4, 5] = 0 if other[4, 5] else 1
-    assert same.content == Slice(7, hu, 1.0).content
-    assert same.sha256 != Slice(0, hu, 0.0).sha256
-    assert Slice(0, other, 0.0).content != same.content
-    assert Slice(0, hu.reshape(20, 30), 0.0).content != same.content
-    assert Slice(0, np.full((9, 9), -1500, np.int16), 0.0).content == ""
+    assert content(same) == content(hu)
+    assert sha256(same) != sha256(hu)
+    assert content(other) != content(same)
+    assert content(hu.reshape(20, 30)) != content(same)
+    assert content(np.full((9, 9), -1500, np.int16)) == ""
+
+
+def test_what_is_stored_and_what_is_not() -> None:
+    hu = np.full((1, 100, 120), -1000, np.int16)
+    hu[0, 40:60, 50:80] = 30
+    hu[0, 95, :] = 100  # a couch: thinner than a block
+    one = next(cut(hu, (1.0, 0.75, 0.75), SliceRule(margin_mm=3.0), {}))
+    assert (one.box.y, one.box.x, one.box.height, one.box.width) == (33, 45, 34, 42)
+    np.testing.assert_array_equal(one.hu, hu[0, 33:67, 45:87])
+    assert one.hu.flags.c_contiguous
+    assert (one.outside_max, one.outside_body) == (100, 120 / 12000)
+    assert one.frame == (100, 120)
+    whole = next(cut(hu, (1.0, 0.75, 0.75), SliceRule(box="none"), {}))
+    assert (whole.hu.shape, whole.outside_max, whole.outside_body) == ((100, 120), -32768, 0.0)
