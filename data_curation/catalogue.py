@@ -24,7 +24,7 @@ from data_curation.dataset import TEST_SET, DataSet, Place
 from data_curation.folds import FOLD, FOLDS, fold_of
 from data_curation.volumes import Found, find
 
-__all__ = ["CATALOGUE", "Case", "CatalogueError", "cases", "missing"]
+__all__ = ["CATALOGUE", "VALIDATION", "Case", "CatalogueError", "cases", "missing"]
 
 VALIDATION = f"validation fold {FOLD} of {FOLDS} of the benchmark"
 _CONTAINER = re.compile(  # names of folders that hold many patients

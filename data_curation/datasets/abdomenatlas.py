@@ -64,8 +64,8 @@ def _release(
         title=f"AbdomenAtlas {number} Mini",
         licences=(
             Stated(
-                "CC BY-NC-SA 4.0 and the terms of its sources, CC BY-NC-ND 4.0 among them",
-                "the Hugging Face page, and FLARE'23 and RSNA, from where scans were taken",
+                "CC BY-NC-SA 4.0 and terms of its sources",
+                "its sources, such as FLARE'23 (CC BY-NC-ND 4.0) and RSNA (non-commercial)",
             ),
             Stated("CC BY-NC-SA 4.0", "the Hugging Face page"),
         ),
