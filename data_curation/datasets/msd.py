@@ -66,7 +66,10 @@ DATASETS = (
             ("ct_org", "about 131 of its 140 scans, under other numbers"),
             ("abdomenct_1k", "all 201 scans"),
         ),
-        quirks=("has the spacing that LiTS itself has lost for 28 to 47",),
+        quirks=(
+            "has the spacing that LiTS itself has lost for 28 to 47",
+            "LiTS gives out the same scans under CC BY-NC-ND 4.0; this copy comes under the Decathlon's licence",
+        ),
     ),
     _task(
         "msd_lung",
