@@ -10,13 +10,12 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_curation.grid import AIR
@@ -25,6 +24,7 @@ from data_curation.slices import SliceError, checksum, decode, sha256
 
 __all__ = ["Corpus", "CorpusError"]
 
+CODED = ("shard", "codec", "split", "dataset")  # columns of few different texts, held as numbers
 OPEN_SHARDS = 128  # file descriptors kept open; a process may have about a thousand
 
 
@@ -54,28 +54,32 @@ class Corpus:
         self._load()
 
     def _load(self) -> None:
-        index = read_index(self.folder, ["shard", "offset", "size", "crc32", "codec", "split", "duplicate"])
+        index = read_index(self.folder, ["shard", "offset", "size", "crc32", "codec", "split", "duplicate"], CODED)
         chosen = np.ones(len(index), bool)
         if self.split is not None:
-            known = pc.unique(index["split"]).to_pylist()
-            if self.split not in (*known, "train", "val"):
-                raise CorpusError(f"{self.folder} has no split {self.split!r}; it has: {', '.join(sorted(known))}")
-            chosen &= pc.equal(index["split"], self.split).to_numpy()
+            chosen &= self._one_of(index["split"], "split", (self.split,), ("train", "val"))
         if self.datasets is not None:
-            names = read_index(self.folder, ["dataset"])["dataset"]
-            known = pc.unique(names).to_pylist()
-            if unknown := sorted(set(self.datasets) - set(known)):
-                raise CorpusError(f"{self.folder} has no data set {unknown[0]!r}; it has: {', '.join(sorted(known))}")
-            chosen &= pc.is_in(names, pa.array(self.datasets)).to_numpy()
+            names = read_index(self.folder, ["dataset"], CODED)["dataset"]
+            chosen &= self._one_of(names, "data set", self.datasets)
         if not self.duplicates:
             chosen &= ~index["duplicate"].to_numpy()
         self._rows = np.flatnonzero(chosen)
-        self._shards, self._shard = _codes(index["shard"], self._rows)
-        self._codecs, self._codec = _codes(index["codec"], self._rows)
+        self._shards, self._shard = _codes(index["shard"], chosen)
+        self._codecs, self._codec = _codes(index["codec"], chosen)
         self._offset, self._size, self._crc = (index[name].to_numpy()[chosen] for name in ("offset", "size", "crc32"))
         self._columns: dict[str, Any] = {}
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
+
+    def _one_of(
+        self, column: pa.ChunkedArray, what: str, wanted: Sequence[str], always: Sequence[str] = ()
+    ) -> NDArray[np.bool_]:
+        """Which rows have one of the wanted texts. Raises CorpusError for one that no row has, but for `always`."""
+        texts, codes = _codes(column)
+        for name in wanted:
+            if name not in (*texts, *always):
+                raise CorpusError(f"{self.folder} has no {what} {name!r}; it has: {', '.join(sorted(texts))}")
+        return np.array([text in wanted for text in texts] or [False])[codes]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _GIVEN}
@@ -187,7 +191,12 @@ _GIVEN = ("folder", "split", "datasets", "duplicates", "frame", "verify", "mappe
 _REMEDY = "copy the shard again, or delete it and run the same `axial curate` again"
 
 
-def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int32]]:
-    """The distinct texts of the chosen rows, and for each row which of them it has."""
-    encoded = column.take(pa.array(rows)).combine_chunks().dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+def _codes(
+    column: pa.ChunkedArray, chosen: NDArray[np.bool_] | None = None
+) -> tuple[list[str], NDArray[np.int32]]:
+    """The distinct texts of a column read as codes, and for each (chosen) row which of them it has."""
+    whole = column.unify_dictionaries().combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):  # of no rows
+        return [], np.empty(0, np.int32)
+    codes = whole.indices.to_numpy()
+    return whole.dictionary.to_pylist(), codes if chosen is None else codes[chosen]

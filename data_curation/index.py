@@ -96,11 +96,15 @@ SCHEMA = pa.schema(
 )
 
 
-def read_index(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The index of a corpus folder, or some columns of it. Raises CorpusError where there is none."""
+def read_index(folder: Path, columns: Sequence[str] | None = None, coded: Sequence[str] = ()) -> pa.Table:
+    """The index of a corpus folder, or some columns of it; `coded` ones as dictionary arrays (numbers and their texts).
+
+    Raises CorpusError where there is no index.
+    """
     path = folder / INDEX
     try:
-        return pq.read_table(path, columns=None if columns is None else list(columns), memory_map=True)
+        wanted = None if columns is None else list(columns)
+        return pq.read_table(path, columns=wanted, memory_map=True, read_dictionary=list(coded))
     except FileNotFoundError:
         raise CorpusError(f"{folder} holds no corpus ({INDEX} is missing): make one with `axial curate`") from None
     except (pa.ArrowInvalid, OSError) as error:
