@@ -119,22 +119,34 @@ def test_kill_9_at_any_write_leads_to_the_same_bytes(tmp_path: Path, scans: Path
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_time_with_workers(tmp_path: Path, scans: Path, expected: dict[str, str]) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_kill_9_at_any_time_with_workers(tmp_path: Path, scans: Path, expected: dict[str, str], workers: int) -> None:
+    """Twenty-one kills in all, at moments drawn over the whole length of a run."""
     folder, config = tmp_path / "corpus", tmp_path / "corpus.yaml"
-    config.write_text(settings(folder, scans, workers=2).model_dump_json())
+    config.write_text(settings(folder, scans, workers=workers).model_dump_json())
     code = (
         "import sys\nfrom data_curation.curate import Settings, main, Path\nfrom launch.settings import load\n"
         "if __name__ == '__main__':\n    main(load(Settings, Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(config)]
-    draw = random.Random(0)
-    for _ in range(12):
+    start = time.monotonic()
+    subprocess.run([*command[:-1], str(_aside(config, tmp_path))], check=True, capture_output=True)
+    length = time.monotonic() - start
+    draw = random.Random(workers)
+    for _ in range(7):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(draw.uniform(0.5, 12))
+        time.sleep(draw.uniform(0.1, 1.0) * length)
         process.kill()
         process.wait()
     subprocess.run(command, check=True, capture_output=True)
     assert state(folder) == expected
+
+
+def _aside(config: Path, folder: Path) -> Path:
+    """The same settings for another folder, to see how long a run takes."""
+    other = folder / "other.yaml"
+    other.write_text(config.read_text().replace(str(folder / "corpus"), str(folder / "undisturbed")))
+    return other
 
 
 def test_a_full_disk_is_one_clear_line_and_the_next_run_goes_on(
