@@ -27,10 +27,10 @@ from data_curation.catalogue import CATALOGUE, Case, cases
 from data_curation.checks import Limits
 from data_curation.index import INDEX, merge
 from data_curation.plan import Candidate, Plan, PlanRules, plan
-from data_curation.pool import each, workers_for
 from data_curation.scan import SCAN, Scan, ScanTask, contents, has_spool, read_scan, scan, spool_path, stamp
 from data_curation.shards import is_written, write_shard
 from data_curation.slices import CODECS, DEFAULT_CODEC, SliceRule
+from launch.crew import Crew, Each, Lost, Workers, workers_for
 from launch.progress import Progress
 from launch.run import Outcome
 from launch.settings import Settings as Base
@@ -38,8 +38,6 @@ from launch.settings import Settings as Base
 __all__ = ["CurateError", "Settings", "Source", "Splits", "dry_run", "main"]
 
 OURS = re.compile(r"(train|val|duplicates)-\d+\.(tar|parquet)")  # names of shards and their rows
-
-SHARDS_A_WORKER = 8  # a process that writes imports webdataset, hence torch: seconds, where a shard takes one
 
 
 class CurateError(ValueError):
@@ -126,23 +124,24 @@ def dry_run(settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def main(settings: Settings) -> Outcome:
-    """Makes or completes the corpus in `settings.folder`."""
+def main(settings: Settings, crew: Crew | None = None) -> Outcome:
+    """Makes or completes the corpus in `settings.folder`; without a crew by `workers` processes."""
     start = time.monotonic()
-    folder, workers = settings.folder, workers_for(settings.workers)
+    folder = settings.folder
+    crew = crew or Workers(0 if settings.workers == 1 else workers_for(settings.workers))
     _refuse_foreign(folder)
     for part in (Path("shards"), Path("rows"), SCAN):
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "private").chmod(0o700)
-    with _alone(folder):
+    with _alone(folder), crew.open() as each:
         for part in (Path(), Path("shards"), Path("rows"), SCAN, Path("private")):
             sweep(folder / part)
         tasks, refused = _gather(settings)
         scans = _known(folder, tasks)
         new = [task for task in tasks if task.volume not in scans]
-        _scan(folder, new, scans, workers)
+        _scan(folder, new, scans, each)
         planned = _plan(settings, folder, tasks, scans, refused)
-        again = _write_all(folder, planned, tasks, scans, workers)
+        again = _write_all(folder, planned, tasks, scans, each)
         read = sum(scans[task.volume].slices for task in new) + again
         return _finish(settings, tasks, planned, refused, (read, time.monotonic() - start))
 
@@ -238,13 +237,19 @@ def _known(folder: Path, tasks: Sequence[ScanTask]) -> dict[str, Scan]:
     return scans
 
 
-def _scan(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> None:
+def _scan(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], each: Each) -> None:
     if not tasks:
         return
     with Progress(len(tasks), "scan", "volumes") as bar:
-        for task, verdict in each(partial(scan, folder), tasks, workers, _named):
+        for task, verdict in each(partial(scan, folder), tasks, _named):
+            if isinstance(verdict, Lost):
+                raise _lost(_named(task), verdict)
             scans[task.volume] = verdict
             bar.advance()
+
+
+def _lost(name: str, lost: Lost) -> CurateError:
+    return CurateError(f"{name}: {lost.detail}. What was finished is kept: run the same command again")
 
 
 def _plan(
@@ -272,7 +277,7 @@ def _plan(
     return planned
 
 
-def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> int:
+def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: dict[str, Scan], each: Each) -> int:
     """Writes the missing shards, removes those of other plans, and drops each spool when its last shard is there.
 
     Returns the number of slices that had to be read again.
@@ -287,11 +292,12 @@ def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: di
     for path in stale:
         path.unlink()
     uses = Counter(part.volume for shard in missing for part in shard.parts)
-    again = _restore(folder, [task for task in tasks if uses[task.volume]], scans, workers)
+    again = _restore(folder, [task for task in tasks if uses[task.volume]], scans, each)
     if missing:
-        writers = min(workers, 1 + len(missing) // SHARDS_A_WORKER)
         with Progress(sum(shard.slices for shard in missing), "write", "slices") as bar:
-            for shard, _ in each(partial(write_shard, folder), missing, writers, lambda shard: shard.name):
+            for shard, done in each(partial(write_shard, folder), missing, lambda shard: shard.name):
+                if isinstance(done, Lost):
+                    raise _lost(shard.name, done)
                 bar.advance(shard.slices)
                 for part in shard.parts:
                     uses[part.volume] -= 1
@@ -302,11 +308,11 @@ def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: di
     return again
 
 
-def _restore(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> int:
+def _restore(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], each: Each) -> int:
     """Scans once more what a missing shard needs and whose spool went when its earlier shard was there; the slices."""
     gone = [task for task in tasks if not has_spool(folder, task.volume, scans[task.volume])]
     second: dict[str, Scan] = {}
-    _scan(folder, gone, second, workers)
+    _scan(folder, gone, second, each)
     for task in gone:
         if second[task.volume] != scans[task.volume]:
             text = second[task.volume].detail or "other slices"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.call import Call, resolve
 from launch.documents import near
-from launch.executors import Call, Executor, Here, Slurm, load_cluster, resolve
+from launch.executors import Executor, Here, Processes, Slurm, crew_of, load_cluster
 from launch.ranks import RankFailed
 from launch.run import USER_ERRORS, Outcome, Stopped, close_run, open_run, say
 from launch.settings import Settings, describe, dump, find, load
@@ -28,12 +29,17 @@ class Verb:
     settings: str
     run: bool = False
     ranks: bool = False  # several processes may share its work
+    crew: bool = False  # stays here and shares out tasks: with --on its main is given who does them
 
 
 VERBS = {
     "demo": Verb("the whole way in minutes, without data", "downstream.demo:main", "downstream.demo:Settings"),
     "curate": Verb(
-        "public CT sets -> a corpus of shards", "data_curation.curate:main", "data_curation.curate:Settings", run=True
+        "public CT sets -> a corpus of shards",
+        "data_curation.curate:main",
+        "data_curation.curate:Settings",
+        run=True,
+        crew=True,
     ),
     "report": Verb("what is in a corpus: HTML, PNG", "data_curation.report:main", "data_curation.report:Settings"),
     "pretrain": Verb(
@@ -62,7 +68,7 @@ FREE = (
 )  # fmt: skip
 
 OPTIONS = {
-    "--on": "cluster file: run elsewhere (packaged: here.yaml, two_processes.yaml, slurm_example.yaml)",
+    "--on": "cluster file: run elsewhere (packaged: here, two_processes, slurm_example, slurm_array .yaml)",
     "--dry-run": "show the settings in force and what would be done; do nothing",
     "--debug": "show the traceback of a mistake",
     "--help": "this, or the settings of a verb",
@@ -109,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         detached = False
         if isinstance(executor, Here):
             outcome = target(settings)
+        elif verb.crew:
+            outcome = target(settings, crew_of(executor, settings.folder))
         else:
             outcome = executor.run(Call(verb.main, verb.settings, settings.folder))
             detached = isinstance(executor, Slurm) and executor.detached
@@ -180,6 +188,9 @@ def _verb_help(name: str) -> str:
         default = row.default if row.default == "required" else f"default {row.default or 'empty'}"
         lines.append(f"  {row.key:<{wide}}  {row.type}, {default}")
         lines += [f"  {'':<{wide}}    {row.meaning}"] if row.meaning else []
+    if verb.crew:
+        lines += ["", "With --on its tasks are shared out, and this process stays and collects them: call it on a login"]
+        lines += ["node or in a small job of its own. Called again after any interruption, it does what is missing."]
     return "\n".join(lines)
 
 
@@ -190,6 +201,8 @@ def _executor(command: Command, verb: Verb) -> Executor:
         runs = ", ".join(name for name, other in VERBS.items() if other.run)
         raise UsageError(f"{command.verb} is quick and runs here; --on is for {runs}")
     executor = load_cluster(command.cluster)
+    if verb.crew and isinstance(executor, Processes):
+        return executor
     if executor.ranks > 1 and not verb.ranks:
         many = f"{command.cluster} starts {executor.ranks} processes"
         raise UsageError(f"{many}, and {command.verb} is one process (with workers of its own); use a file with one")

@@ -14,10 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from data_curation.pool import WorkerLost, each
 
 import data_curation.scan
 from data_curation.curate import CurateError, main
-from data_curation.pool import WorkerLost, each
 from tests.data_curation.curated import settings, state
 
 

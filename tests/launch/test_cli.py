@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from launch import cli
+from launch.call import resolve
 from launch.cli import VERBS, Verb, main
-from launch.executors import resolve
 from launch.run import Outcome
 
 HERE = Path(__file__).parent
