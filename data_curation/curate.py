@@ -127,13 +127,12 @@ def dry_run(settings: Settings) -> str:
 def main(settings: Settings, crew: Crew | None = None) -> Outcome:
     """Makes or completes the corpus in `settings.folder`; without a crew by `workers` processes."""
     start = time.monotonic()
-    folder = settings.folder
-    crew = crew or Workers(0 if settings.workers == 1 else workers_for(settings.workers))
+    folder, workers = settings.folder, workers_for(settings.workers)
     _refuse_foreign(folder)
     for part in (Path("shards"), Path("rows"), SCAN):
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "private").chmod(0o700)
-    with _alone(folder), crew.open() as each:
+    with _alone(folder), (crew or Workers(workers * (workers > 1))).open() as each:
         for part in (Path(), Path("shards"), Path("rows"), SCAN, Path("private")):
             sweep(folder / part)
         tasks, refused = _gather(settings)

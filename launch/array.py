@@ -105,7 +105,7 @@ class Array:
     def _cancel(self, jobs: Sequence[str]) -> None:
         """Those of the ids that bear our name: after a restart of the cluster an id may be somebody else's."""
         if jobs and self.slurm.cluster == "slurm":
-            subprocess.run(["scancel", "-n", self.name, *jobs], capture_output=True, check=False)
+            subprocess.run(["scancel", f"--name={self.name}", *jobs], capture_output=True, check=False)
 
     @property
     def name(self) -> str:
@@ -181,7 +181,7 @@ class _Run:
         given = {"name": self.array.name, "slurm_array_parallelism": parallel, "slurm_additional_parameters": extra}
         executor.update_parameters(**(slurm.parameters("") | given))
         try:
-            with submitit.helpers.clean_env():  # this process may be a job itself
+            with _as_outside_a_job():
                 jobs = executor.submit_array(elements)
         except submitit.core.utils.FailedJobError as error:
             raise RunError(f"sbatch refused the array: {' '.join(str(error).split())}") from None
@@ -247,6 +247,20 @@ class _Run:
             text = f"in work in {self.tries[number]} jobs that were lost; last {where}: {element.job.paths.stderr}"
             lost.append((number, Lost("node", text)))
         return lost
+
+
+@contextmanager
+def _as_outside_a_job() -> Iterator[None]:
+    """This process may be a job itself, whose size sbatch would take for that of the new ones."""
+    from submitit.helpers import clean_env
+
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with clean_env():
+        os.environ |= configuration
+        yield
 
 
 def _queued() -> set[str] | None:

@@ -189,8 +189,8 @@ def _verb_help(name: str) -> str:
         lines.append(f"  {row.key:<{wide}}  {row.type}, {default}")
         lines += [f"  {'':<{wide}}    {row.meaning}"] if row.meaning else []
     if verb.crew:
-        lines += ["", "With --on its tasks are shared out, and this process stays and collects them: call it on a login"]
-        lines += ["node or in a small job of its own. Called again after any interruption, it does what is missing."]
+        lines += ["", "With --on its tasks are shared out, and this process stays and collects them: call it on a"]
+        lines += ["login node or in a small job. Called again after any interruption, it does what is missing."]
     return "\n".join(lines)
 
 

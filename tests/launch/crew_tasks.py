@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ def unpicklable(_: object) -> Any:
 
 @dataclass(frozen=True)
 class Noted:
-    """Notes each start of a task in ``folder``; ``trouble`` strikes at task ``at``, ``times`` times, else it squares."""
+    """Squares, and notes each start of a task in ``folder``; ``trouble`` strikes ``times`` times at task ``at``."""
 
     folder: Path
     trouble: str = ""
@@ -87,7 +87,8 @@ class Noted:
 
     def __call__(self, number: int) -> int:
         with (self.folder / "started").open("a") as file:
-            file.write(f"{number} {os.getpid()} {os.getppid()}\n")
+            node = os.environ.get("SLURMD_NODENAME", "here")
+            file.write(f"{number} {os.getpid()} {os.getppid()} {node}\n")
         if number == self.at and self.starts().count(number) <= self.times:
             strike(self.trouble)
         return number * number
@@ -96,9 +97,13 @@ class Noted:
         """The tasks in the order they were started, each as often as it was."""
         return [int(line.split()[0]) for line in (self.folder / "started").read_text().splitlines()]
 
+    def nodes(self) -> list[str]:
+        """Where they were started, in the same order."""
+        return [line.split()[3] for line in (self.folder / "started").read_text().splitlines()]
+
     def processes(self) -> set[int]:
         """Who did them, and who started those."""
-        return {int(pid) for line in (self.folder / "started").read_text().splitlines() for pid in line.split()[1:]}
+        return {int(pid) for line in (self.folder / "started").read_text().splitlines() for pid in line.split()[1:3]}
 
 
 def strike(trouble: str) -> None:
@@ -107,6 +112,10 @@ def strike(trouble: str) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
         case "lose the element":
             os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(1000)
+        case "lose the node":
+            node = f"nodename={os.environ['SLURMD_NODENAME']}"
+            subprocess.run(["scontrol", "update", node, "state=down", "reason=test"], check=True)
             time.sleep(1000)
         case "hang":
             hang(None)
@@ -118,18 +127,16 @@ def name(task: object) -> str:
     return f"task {task}"
 
 
-def main() -> None:
-    """A command for signals: `crew_tasks.py FOLDER KIND`; two tasks that hang, by two workers or local jobs."""
+def main(path: str, kind: str) -> None:
+    """A command for signals: two tasks that hang, done by two workers, two local jobs or two SLURM jobs."""
     from launch.array import Array
     from launch.crew import Crew, Workers
     from launch.slurm import ArrayRules, Slurm
 
-    folder = Path(sys.argv[1])
-    slurm = Slurm(cluster="local", hours=0.2, array=ArrayRules(parallel=2))
-    crew: Crew = Workers(2) if sys.argv[2] == "workers" else Array(slurm, folder / "jobs", poll_s=0.1)
+    folder = Path(path)
+    crew: Crew = Workers(2)
+    if kind != "workers":
+        slurm = Slurm(cluster="slurm" if kind == "slurm" else "local", hours=0.2, array=ArrayRules(parallel=2))
+        crew = Array(slurm, folder / "jobs", poll_s=0.1)
     with crew.open() as each:
         list(each(Noted(folder, "hang", at=0, times=2), [0, 0], name))
-
-
-if __name__ == "__main__":
-    main()
