@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data_curation.report import HU_EDGES, Facts, Tile
 from data_curation.box import BODY_HU
+from data_curation.report import HU_EDGES, Facts, Tile
 
 __all__ = ["LEVEL", "TILE", "WINDOW", "charts", "contact_sheet", "overview", "png"]
 

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import data_curation.scan
-from data_curation.curate import CurateError, Settings, dry_run, main
+from data_curation.curate import CurateError, Settings, dry_run
 from data_curation.index import CorpusError, read_index
 from launch.settings import SettingsError, load
-from tests.data_curation.curated import settings, state
+from tests.data_curation.curated import main, settings, state
 
 WriteScan = Any  # the fixture of conftest.py
 
@@ -63,9 +63,7 @@ def test_duplicates_can_be_dropped(tmp_path: Path, scans: Path) -> None:
     assert main(settings(tmp_path / "corpus", scans, duplicates="drop")).ok
     index = read_index(tmp_path / "corpus")
     assert (len(index), sum(index["duplicate"].to_pylist())) == (89, 0)
-    row = next(
-        r for r in refusals(tmp_path / "corpus") if r["reason"] == "duplicate"
-    )
+    row = next(r for r in refusals(tmp_path / "corpus") if r["reason"] == "duplicate")
     assert row["source"] == "Twin_of_3/ct.nrrd"
     assert "Jane_Doe_3/ct.nii.gz" in row["detail"]
 

@@ -6,7 +6,6 @@ import errno
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,9 +15,8 @@ from pathlib import Path
 import pytest
 
 import data_curation.scan
-from data_curation.curate import CurateError, main
-from data_curation.pool import WorkerLost, each
-from tests.data_curation.curated import settings, state
+from data_curation.curate import CurateError
+from tests.data_curation.curated import main, settings, state
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +75,7 @@ import os, signal, sys
 from pathlib import Path
 import SimpleITK, webdataset, imagecodecs, scipy.sparse.csgraph  # once, not in each child
 from data_curation.curate import Settings, main
+from launch.crew import Workers
 from launch.settings import load
 
 folder, config = sys.argv[1:3]
@@ -95,7 +94,7 @@ for point in map(int, sys.argv[3:]):
             setattr(os, name, call)
         if point:
             fatal("fsync"), fatal("replace"), fatal("unlink")
-        main(load(Settings, Path(config)))
+        main(load(Settings, Path(config)), Workers(0))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print(point, os.WTERMSIG(status), flush=True)
@@ -167,18 +166,6 @@ def test_a_full_disk_is_one_clear_line_and_the_next_run_goes_on(
     monkeypatch.undo()
     main(settings(tmp_path / "corpus", scans))
     assert state(tmp_path / "corpus") == expected
-
-
-def test_a_killed_worker_is_told_with_its_task() -> None:
-    with pytest.raises(
-        WorkerLost, match=r"killed.* in work: .*15.*run the same command again with fewer workers \(workers=1\)"
-    ):
-        list(each(signal.raise_signal, [signal.Signals(15)] * 2, 2, lambda task: str(int(task))))
-
-
-def test_an_error_in_a_worker_is_raised_as_it_was() -> None:
-    with pytest.raises(FileNotFoundError, match="/no/such/file"):
-        list(each(os.stat, ["/no/such/file", "/"], 2, str))
 
 
 def test_two_at_a_time_are_refused(tmp_path: Path, scans: Path) -> None:
