@@ -158,7 +158,7 @@ def test_without_orientation(tmp_path: Path) -> None:
         (b"hello" * 200, "unreadable"),
         (b"\x1f\x8b\x08 not gzip at all", "truncated"),
         (header((0, 5, 5), sform=LPS_SFORM), "unreadable"),
-        (header((30000, 30000, 30000), sform=LPS_SFORM), "truncated"),
+        (header((30000, 30000, 30000), sform=LPS_SFORM), "too_large"),
         (header(sform=LPS_SFORM, code=128) + body().tobytes(), "vector"),
         (header(sform=LPS_SFORM, offset=float("nan")) + body().tobytes(), "unreadable"),
         (header(sform=np.full((3, 4), np.nan)) + body().tobytes(), "no_orientation"),
