@@ -132,24 +132,24 @@ def _voxels(header: _Header, shape: tuple[int, int, int]) -> NDArray[Any]:
     count = int(np.prod(shape, dtype=object))
     files = _files(header, shape[2])
     if not _true(header, "BinaryData", True):
-        own = count // len(files)
-        values = [payload.numbers(path, own, dtype, _start(header, path, 0)) for path in files]
-        return np.concatenate(values).reshape(shape[::-1])
-    content = payload.gathered(files, count * dtype.itemsize, lambda path, size: _bytes(header, path, size, len(files)))
-    return np.frombuffer(content, dtype, count).reshape(shape[::-1])
+        dtype = dtype.newbyteorder("=")
+        content = payload.gathered(
+            files, count, lambda path, n: payload.numbers(path, n, dtype, _start(header, path, 0))
+        )
+    else:
+        size = count * dtype.itemsize
+        content = payload.gathered(files, size, lambda path, n: _bytes(header, path, n, len(files)))
+    return content.view(dtype).reshape(shape[::-1])
 
 
 def _bytes(header: _Header, path: Path, size: int, files: int) -> NDArray[np.uint8]:
     start = _start(header, path, size)
     if not _true(header, "CompressedData", False):
         return payload.contents(path, size, "", start)
-    with path.open("rb") as file:
-        file.seek(start)
-        packing = "gzip" if file.read(2) == b"\x1f\x8b" else "zlib"
     stored = _whole(header, "CompressedDataSize", 0) if files == 1 else 0
     if stored < 0:
         raise VolumeError("unreadable", f"the header is damaged: CompressedDataSize is {stored}")
-    return payload.contents(path, size, packing, start, stored or None)
+    return payload.contents(path, size, "deflate", start, stored or None)
 
 
 def _start(header: _Header, path: Path, size: int) -> int:

@@ -210,13 +210,11 @@ def _voxels(header: _Header, shape: tuple[int, int, int]) -> NDArray[Any]:
         dtype = dtype.newbyteorder("<" if endian == "little" else ">")
     count = int(np.prod(shape, dtype=object))
     if _TEXTS.get(encoding) == "text":
-        values = [_text(header, path, count // len(header.files), dtype) for path in header.files]
-        flat = values[0] if len(values) == 1 else np.concatenate(values)
+        content = payload.gathered(header.files, count, lambda path, size: _text(header, path, size, dtype))
     else:
-        wanted = count * dtype.itemsize
-        content = payload.gathered(header.files, wanted, lambda path, size: _bytes(header, path, size, encoding))
-        flat = np.frombuffer(content, dtype, count)
-    return flat.reshape(shape[::-1])
+        size = count * dtype.itemsize
+        content = payload.gathered(header.files, size, lambda path, size: _bytes(header, path, size, encoding))
+    return content.view(dtype).reshape(shape[::-1])
 
 
 def _text(header: _Header, path: Path, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:

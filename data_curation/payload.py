@@ -25,6 +25,7 @@ _MOST_RATIO = 1032  # no deflate stream unpacks to more than this many times its
 _SPARE = 1 << 20  # bytes behind the voxels in a compressed stream that are still unpacked, for the checksum's sake
 _CHUNK = 1 << 15  # short: of many small members each copies the rest of a chunk
 _PIECE = 1 << 20
+_MOST_FILES = 100_000
 _LONGEST = 64  # characters of one number in a text
 
 
@@ -45,27 +46,30 @@ def beginning(path: Path, length: int) -> bytes:
 def contents(path: Path, size: int, packing: str = "", start: int = 0, stored: int | None = None) -> NDArray[np.uint8]:
     """The first `size` bytes of what a file holds from byte `start` on, [size]; checksums are proven.
 
-    `packing`: "" (as it is), "gzip", "zlib" or "bzip2", or "auto" for gzip or as it is, by the first bytes. `stored` is
-    the number of compressed bytes; None: up to the end of the file. Raises VolumeError: truncated, unreadable.
+    `packing`: "" (as it is), "gzip", "zlib" or "bzip2"; by the first bytes "auto" is gzip or as it is, and "deflate"
+    gzip or zlib. `stored` is the number of compressed bytes; None: up to the end of the file. Raises VolumeError:
+    truncated, unreadable.
     """
     there = path.stat().st_size - start
+    if there <= 0:
+        raise _short(0, size)
     with path.open("rb", buffering=0) as file:
         file.seek(start)
-        if packing == "auto":
-            packing = "gzip" if file.read(2) == _GZIP else ""
+        if packing in ("auto", "deflate"):
+            packing = "gzip" if file.read(2) == _GZIP else "zlib" if packing == "deflate" else ""
             file.seek(start)
         if not packing:
             if there < size:
-                raise _short(max(there, 0), size)
+                raise _short(there, size)
             plain = np.empty(size, np.uint8)
             if (got := _read(file, plain)) < size:
                 raise _short(got, size)
             return plain
         stored = there if stored is None else stored
         if stored > there:
-            raise _short(max(there, 0), stored, "compressed bytes")
+            raise _short(there, stored, "compressed bytes")
         if packing != "bzip2" and size > _MOST_RATIO * stored:
-            text = f"{max(stored, 0):,} compressed bytes cannot hold the {size:,} that the header promises"
+            text = f"{stored:,} compressed bytes cannot hold the {size:,} that the header promises"
             raise VolumeError("truncated", f"{text}: download it again")
         done = _at_once(file, packing, stored, size)
         if done is not None:
@@ -179,12 +183,15 @@ def below(header: Path, name: str) -> Path:
     return path
 
 
-def gathered(paths: Sequence[Path], size: int, read: Callable[[Path, int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """`size` bytes, in equal parts from `paths`, one behind the other. Raises unreadable where they do not divide."""
+def gathered(paths: Sequence[Path], size: int, read: Callable[[Path, int], NDArray[Any]]) -> NDArray[Any]:
+    """`size` bytes, or numbers, in equal parts from `paths`, one behind the other: bytes, unless it is one file.
+
+    Raises unreadable where they do not divide.
+    """
     if len(paths) == 1:
         return read(paths[0], size)
-    if not paths or size % len(paths):
-        raise VolumeError("unreadable", f"{size:,} bytes of voxels do not divide among the {len(paths)} files named")
+    if not paths or len(paths) > _MOST_FILES or size % len(paths):
+        raise VolumeError("unreadable", f"the voxels do not divide among the {len(paths):,} files that are named")
     whole = bytearray()
     for path in paths:
         whole += read(path, size // len(paths)).data
