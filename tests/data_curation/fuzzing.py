@@ -129,7 +129,7 @@ def _swapped(raw: bytearray, draw: random.Random) -> bytes:
 
 
 _EXTREMES = (
-    "0", "-1", "1", "2", "3", "nan", "inf", "-inf", "1e300", "-1e-300", "99999", "2147483648", "9" * 18, "9" * 5000,
+    "0", "-1", "1", "2", "3", "nan", "inf", "-inf", "1e300", "-1e-300", "99999", "20000000", "2147483648", "9" * 18, "9" * 5000,
     "", "none", "x", "True", "float", "double", "uchar", "MET_DOUBLE", "MET_CHAR", "raw", "gzip", "bz2", "hex", "ascii",
     "LOCAL", "LIST", "../v.raw", "%d", "s%d.raw 0 9 3", "(0,0,0)", "(nan,1,1)", "\0", "é",
 )  # fmt: skip
@@ -150,6 +150,10 @@ def _binary_extreme(raw: bytearray, draw: random.Random) -> bytes:
     if packed:
         raw = bytearray(gzip.decompress(bytes(raw)))
     second = len(raw) > 540 and raw[4:7] == b"n+2"
+    if draw.random() < 0.2:  # a volume of 2 GB
+        form, at = ("<3q", 24) if second else ("<3h", 42)
+        struct.pack_into(form, raw, at, 1000, 1000, 1000)
+        return gzip.compress(bytes(raw)) if packed else bytes(raw)
     if draw.random() < 0.5:  # a length of an axis, or their number
         form, at = ("<q", 16 + 8 * draw.randrange(8)) if second else ("<h", 40 + 2 * draw.randrange(8))
         value = draw.choice((0, -1, 1, 2, 4, 7, 100, 32767, -32768, *((2**40, 2**62) if second else ())))
@@ -169,16 +173,24 @@ def _binary_extreme(raw: bytearray, draw: random.Random) -> bytes:
 
 
 def _bomb(raw: bytearray, draw: random.Random) -> bytes:
-    """Far more behind the voxels than was promised; in a plain file, as it is."""
-    more = bytes(30_000_000)
-    if raw[:2] == b"\x1f\x8b":
-        return gzip.compress(gzip.decompress(bytes(raw)) + more, 9)
+    """400 MB behind the voxels that were promised, in some hundred kilobytes."""
     text = bytes(raw)
-    for magic, pack in ((b"\x1f\x8b", gzip.compress), (b"\x78\x9c", zlib.compress), (b"BZh", bz2.compress)):
+    if text[:2] == b"\x1f\x8b":
+        return _deflated(gzip.decompress(text), 31)
+    for magic, bits in ((b"\n\n\x1f\x8b", 31), (b"LOCAL\n\x78\x9c", 15)):
         head, found, _ = text.partition(magic)
         if found:
-            return head + pack(RAW + more)
-    return gzip.compress(text + more)
+            return head + magic[:-2] + _deflated(RAW, bits)
+    head, found, _ = text.partition(b"\n\nBZh")
+    if found:
+        return head + b"\n\n" + bz2.compress(RAW) + bz2.compress(bytes(8_000_000)) * 50
+    return _deflated(RAW, 15) if text[:2] == b"\x78\x9c" else _deflated(text, 31)
+
+
+def _deflated(content: bytes, bits: int) -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, bits)
+    start = packer.compress(content) + packer.flush(zlib.Z_FULL_FLUSH)
+    return start + (packer.compress(bytes(8_000_000)) + packer.flush(zlib.Z_FULL_FLUSH)) * 50
 
 
 _DAMAGES: tuple[Callable[[bytearray, random.Random], bytes], ...] = (
@@ -194,6 +206,8 @@ def damaged(kind: str, seed: int) -> tuple[Files, str]:
     name = names[0] if draw.random() < 0.7 else draw.choice(names)
     first = _DAMAGES[seed % len(_DAMAGES)]
     done = [first, *([draw.choice(_DAMAGES)] if draw.random() < 0.2 else [])]
+    done = list(dict.fromkeys(done))
+    done.sort(key=(_extreme, _bomb, *_DAMAGES).index)  # those that must unpack what they damage come first
     for damage in done:
         if files[name]:
             files[name] = damage(bytearray(files[name]), draw)
