@@ -8,6 +8,7 @@ AnatomicalOrientation is not used: writers disagree on what it means.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ _MATRIX = ("TransformMatrix", "Rotation", "Orientation")
 _MILLIMETRES = {"m": 1000.0, "cm": 10.0, "um": 1e-3}
 _STATED = re.compile(r"\s*([^\x00-\x1f=:]{1,80}?)\s*[=:](.*)")
 _MOST_HEADER = 1 << 20
-_MOST_FILES = 100_000
 
 
 @dataclass(frozen=True)
@@ -168,26 +168,24 @@ def _files(header: _Header, slices: int) -> tuple[Path, ...]:
     if named.upper() == "LOCAL":
         return (header.path,)
     if named.split(" ")[0].upper() == "LIST":
-        names: tuple[str, ...] = header.listed
-        if not names:
-            raise VolumeError("unreadable", "its header lists no files of voxels: copy it again")
+        names: Iterable[str] = header.listed
     elif numbered := re.fullmatch(r"(.*)%(0?)(\d{0,2})d([^%]*?)((?: +-?\d{1,9}){0,3})", named):
         names = _numbered(numbered, slices)
     else:
         names = (named,)
-    return tuple(payload.below(header.path, name) for name in names)
+    return payload.below(header.path, names)
 
 
-def _numbered(numbered: re.Match[str], slices: int) -> tuple[str, ...]:
+def _numbered(numbered: re.Match[str], slices: int) -> Iterable[str]:
     """`name%03d.raw first last step`; without numbers, one file a slice from 1 on."""
     given = [int(text) for text in numbered[5].split()]
     first = given[0] if given else 1
     last = given[1] if len(given) > 1 else first + slices - 1
     step = given[2] if len(given) > 2 else max(1, (last - first) // max(1, slices))
-    if step < 1 or not 0 <= (last - first) // step < _MOST_FILES:
+    if step < 1:
         raise VolumeError("unreadable", f"the header names its voxels by '{numbered[0][:80]}': correct its numbers")
     width = f"{numbered[2]}{numbered[3]}"
-    return tuple(f"{numbered[1]}{value:{width}d}{numbered[4]}" for value in range(first, last + 1, step))
+    return (f"{numbered[1]}{value:{width}d}{numbered[4]}" for value in range(first, last + 1, step))
 
 
 def _true(header: _Header, name: str, default: bool) -> bool:

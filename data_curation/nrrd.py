@@ -7,7 +7,7 @@ Format: Teem's "Definition of NRRD File Format", NRRD0001 to NRRD0005.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,7 +47,6 @@ _SPACES = {  # to LPS
 _SHORT_SPACES = {"lps": "left-posterior-superior", "ras": "right-anterior-superior", "las": "left-anterior-superior"}
 _ALONG_SPACE = ("domain", "space", "time", "???", "none", "")  # kinds of axes that do not hold several values a voxel
 _MOST_HEADER = 1 << 22
-_MOST_FILES = 100_000
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,11 @@ def _header(path: Path) -> _Header:
                 raise VolumeError("unreadable", f"the header states '{line.partition(':')[0]}' twice: correct it")
             fields[name] = value
             if name == "datafile" and value.split(" ")[0] == "LIST":
-                files = tuple(payload.below(path, listed) for listed in iter(lambda: _line(file), None) if listed)
+                files = payload.below(path, filter(None, iter(lambda: _line(file), None)))
         start = file.tell()
     named = fields.get("datafile", "")
     if named and named.split(" ")[0] != "LIST":
-        files = tuple(payload.below(path, name) for name in _names(named))
+        files = payload.below(path, _names(named))
     return _Header(fields, files, start if files == (path,) and not named else 0, segmentation)
 
 
@@ -115,23 +114,23 @@ def _line(file: BinaryIO) -> str | None:
     return line.decode("utf-8", "surrogateescape").rstrip("\r\n") if line else None
 
 
-def _names(value: str) -> list[str]:
+def _names(value: str) -> Iterable[str]:
     """One name, or the names of `pattern first last step`."""
     pattern = re.fullmatch(r"(.*%0?\d*[di].*?) +(-?\d{1,9}) +(-?\d{1,9}) +(-?\d{1,9})( +\d+)?", value)
     if not pattern:
         return [value]
     first, last, step = (int(pattern[n]) for n in (2, 3, 4))
-    if step == 0 or abs(last - first) // abs(step) >= _MOST_FILES:
+    if step == 0:
         raise VolumeError("unreadable", f"the header names its voxels by '{value[:80]}': correct its numbers")
     return _numbered(pattern[1], range(first, last + (1 if step > 0 else -1), step))
 
 
-def _numbered(pattern: str, values: Sequence[int]) -> list[str]:
+def _numbered(pattern: str, values: range) -> Iterable[str]:
     place = re.search(r"%(0?)(\d{0,2})[di]", pattern)
     if not place or pattern.count("%") > 1:
         raise VolumeError("unreadable", f"the header names its voxels by '{pattern[:80]}': one %d or %03d is needed")
     width = f"{place[1]}{place[2]}"
-    return [f"{pattern[: place.start()]}{value:{width}d}{pattern[place.end() :]}" for value in values]
+    return (f"{pattern[: place.start()]}{value:{width}d}{pattern[place.end() :]}" for value in values)
 
 
 def _axes(header: _Header) -> tuple[list[int], list[str]]:

@@ -7,8 +7,9 @@ compressed stream is stopped soon after the promised size, and a file that a hea
 from __future__ import annotations
 
 import bz2
+import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -164,8 +165,16 @@ def _pieces(file: Any, packing: str, stored: int) -> Iterator[bytes]:
 _BITS = {"gzip": 31, "zlib": 15}
 
 
-def below(header: Path, name: str) -> Path:
-    """The file that a header names, which must be a file in the header's folder or below. Raises unreadable."""
+def below(header: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    """The files that a header names, which must be files in the header's folder or below. Raises unreadable."""
+    listed = list(itertools.islice(names, _MOST_FILES + 1))
+    if not 0 < len(listed) <= _MOST_FILES:
+        text = f"its header names no files of voxels, or more than {_MOST_FILES:,}: copy it again"
+        raise VolumeError("unreadable", text)
+    return tuple(_below(header, name) for name in listed)
+
+
+def _below(header: Path, name: str) -> Path:
     parts = name.replace("\\", "/").split("/")
     shown = name[:80] or "none"
     if not name or "\0" in name or max(map(len, parts)) > 255 or len(name) > 1024:
@@ -190,7 +199,7 @@ def gathered(paths: Sequence[Path], size: int, read: Callable[[Path, int], NDArr
     """
     if len(paths) == 1:
         return read(paths[0], size)
-    if not paths or len(paths) > _MOST_FILES or size % len(paths):
+    if size % len(paths):
         raise VolumeError("unreadable", f"the voxels do not divide among the {len(paths):,} files that are named")
     whole = bytearray()
     for path in paths:

@@ -220,8 +220,6 @@ def read(found: Found) -> Volume:
 def _load(found: Found) -> Grid:
     if found.kind == "dicom":
         return dicom.load(found.files)
-    if found.path.stat().st_size == 0:
-        raise VolumeError("empty", "the file has 0 bytes: copy or download it again")
     return _READERS[found.kind](found.path)
 
 

@@ -129,9 +129,9 @@ def _swapped(raw: bytearray, draw: random.Random) -> bytes:
 
 
 _EXTREMES = (
-    "0", "-1", "1", "2", "3", "nan", "inf", "-inf", "1e300", "-1e-300", "99999", "20000000", "2147483648", "9" * 18, "9" * 5000,
-    "", "none", "x", "True", "float", "double", "uchar", "MET_DOUBLE", "MET_CHAR", "raw", "gzip", "bz2", "hex", "ascii",
-    "LOCAL", "LIST", "../v.raw", "%d", "s%d.raw 0 9 3", "(0,0,0)", "(nan,1,1)", "\0", "é",
+    "0", "-1", "1", "2", "3", "nan", "inf", "-inf", "1e300", "-1e-300", "99999", "20000000", "2147483648", "9" * 18,
+    "9" * 5000, "", "none", "x", "True", "float", "double", "uchar", "MET_DOUBLE", "MET_CHAR", "raw", "gzip", "bz2",
+    "hex", "ascii", "LOCAL", "LIST", "../v.raw", "%d", "s%d.raw 0 9 3", "(0,0,0)", "(nan,1,1)", "\0", "é",
 )  # fmt: skip
 
 

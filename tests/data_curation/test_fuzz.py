@@ -40,9 +40,9 @@ def outcomes(folder: Path, kind: str, count: int) -> Counter[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_damage(tmp_path: Path, kind: str) -> None:
-    seen = outcomes(tmp_path, kind, 60)
+    seen = outcomes(tmp_path, kind, 40)
     assert seen[""] > 0  # damage that hit nothing but voxels
-    assert sum(seen.values()) - seen[""] > 20
+    assert sum(seen.values()) - seen[""] > 10
 
 
 @pytest.mark.slow
@@ -52,4 +52,4 @@ def test_much_damage(tmp_path: Path, kind: str) -> None:
 
 
 def test_some_damage_to_dicom(tmp_path: Path) -> None:
-    assert sum(outcomes(tmp_path, "dicom", 40).values()) >= 40
+    assert sum(outcomes(tmp_path, "dicom", 30).values()) >= 30

@@ -15,6 +15,7 @@ import SimpleITK as sitk
 
 from data_curation.grid import VolumeError, from_image
 from data_curation.metaimage import load, parts
+from data_curation.volumes import find
 
 HU = np.random.default_rng(3).integers(-1000, 1500, (4, 5, 6)).astype("<i2")
 RAW = HU.tobytes()
@@ -217,3 +218,14 @@ def test_other_damage(tmp_path: Path) -> None:
     assert reason(write(tmp_path, cut)) == "truncated"
     assert reason(write(tmp_path, header() + RAW), max_voxels=119) == "too_large"
     assert load(tmp_path / "ct.mha", max_voxels=120).voxels.size == 120
+
+
+def test_files_of_an_image_are_found_with_it(tmp_path: Path) -> None:
+    """So that a scan is read again when one of its slices was exchanged."""
+    path = write(tmp_path, header("LIST\n" + "\n".join(SLICES)), SLICES, "ct.mhd")
+    (found,) = find(tmp_path)
+    assert found.files == (path, *(tmp_path / name for name in SLICES))
+    path.write_bytes(b"damaged")
+    (tmp_path / "ct.raw").write_bytes(RAW)
+    (found,) = find(tmp_path)
+    assert found.files == (path, tmp_path / "ct.raw")

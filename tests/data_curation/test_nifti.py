@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_curation.volumes import find
 from tests.data_curation.reading import refused, volume
 
 SHAPE = (6, 9, 12)
@@ -149,6 +150,16 @@ def test_without_orientation(tmp_path: Path) -> None:
     refused(analyze / "ct.hdr", "no_orientation")
     (analyze / "ct.img").unlink()
     assert "ct.img, are missing" in refused(analyze / "ct.hdr", "unreadable")
+
+
+@pytest.mark.parametrize(("head", "voxels"), [("CT.HDR", "CT.IMG"), ("CT.HDR", "CT.IMG.GZ"), ("ct.hdr", "ct.img.gz")])
+def test_pairs_in_either_case(tmp_path: Path, head: str, voxels: str) -> None:
+    (tmp_path / head).write_bytes(header(magic=b"ni1\0", sform=LPS_SFORM, offset=0.0)[:348])
+    plain = body().tobytes()
+    (tmp_path / voxels).write_bytes(gzip.compress(plain) if voxels.lower().endswith(".gz") else plain)
+    np.testing.assert_array_equal(volume(tmp_path / head).hu, body())
+    (found,) = find(tmp_path)
+    assert found.files == (tmp_path / head, tmp_path / voxels)
 
 
 @pytest.mark.parametrize(
