@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation import dicom, nifti
-from data_curation.grid import AIR, Grid, VolumeError, from_image, to_lps
+from data_curation import dicom, metaimage, nifti, nrrd
+from data_curation.grid import AIR, Grid, VolumeError, to_lps
 
 __all__ = ["Found", "Volume", "VolumeError", "find", "read"]
 
@@ -31,7 +30,7 @@ _KINDS = {
     ".mha": "metaimage",
     ".mhd": "metaimage",
 }
-_IMAGE_IO = {"nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
+_READERS = {"nifti": nifti.load, "nrrd": nrrd.load, "metaimage": metaimage.load}
 _DICOM = (".dcm", ".ima", ".dicom", ".dic")
 _OTHER = frozenset(  # files that are not opened to see whether they are DICOM
     f".{ending}"
@@ -111,10 +110,16 @@ def find(root: Path, skipped: Counter[str] | None = None) -> Iterator[Found]:
 
 
 def _parts(path: Path) -> tuple[Path, ...]:
-    """The file, and the voxels that lie beside a header of the same name."""
-    if path.suffix.lower() not in (".hdr", ".mhd", ".nhdr"):
+    """The file, and the voxels that its header names, or that lie beside it under the same name."""
+    suffix = path.suffix.lower()
+    if suffix not in (".hdr", ".mhd", ".nhdr"):
         return (path,)
-    beside = (path.with_suffix(ending) for ending in (".img", ".IMG", ".img.gz", ".raw", ".zraw", ".raw.gz"))
+    if suffix != ".hdr":
+        try:
+            return metaimage.parts(path) if suffix == ".mhd" else nrrd.parts(path)
+        except (VolumeError, OSError):
+            pass  # `read` says what is wrong with it
+    beside = (path.with_suffix(ending) for ending in (".img", ".IMG", ".img.gz", ".IMG.GZ", ".raw", ".zraw", ".raw.gz"))
     return (path, *(voxels for voxels in beside if voxels.is_file()))
 
 
@@ -215,53 +220,7 @@ def read(found: Found) -> Volume:
 def _load(found: Found) -> Grid:
     if found.kind == "dicom":
         return dicom.load(found.files)
-    if found.path.stat().st_size == 0:
-        raise VolumeError("empty", "the file has 0 bytes: copy or download it again")
-    if found.kind == "nifti":
-        return nifti.load(found.path)
-    return _with_itk(found)
-
-
-def _with_itk(found: Found) -> Grid:
-    """NRRD and MetaImage. The header is looked at before any voxel is read."""
-    import SimpleITK as sitk
-
-    if found.kind == "metaimage":
-        _has_voxels(found.path)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(found.path))
-    reader.SetImageIO(_IMAGE_IO[found.kind])
-    try:
-        reader.ReadImageInformation()
-        size, parts = reader.GetSize(), reader.GetNumberOfComponents()
-        text = " x ".join(map(str, size))
-        if any(key.startswith("Segment0_") for key in reader.GetMetaDataKeys()):
-            raise VolumeError("label", f"a segmentation of {text} voxels written by 3D Slicer, not an image")
-        if parts > 1:
-            raise VolumeError("vector", f"{text} voxels of {parts} values each are not one CT volume: split them")
-        if len(size) > 3 and max(size[3:]) > 1:
-            raise VolumeError("4d", f"{text} voxels are a series: write the wanted volume as a file of its own")
-        if len(size) < 3 or sum(n > 1 for n in size[:3]) < 3:
-            raise VolumeError("single_slice", f"{text} voxels are one slice, not a volume: leave it out")
-        image = reader.Execute()
-    except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise VolumeError("unreadable", f"cut short or damaged ({last}): copy or download it again") from None
-    if image.GetDimension() > 3:
-        image = image[(slice(None),) * 3 + (0,) * (image.GetDimension() - 3)]
-    return from_image(image)
-
-
-def _has_voxels(path: Path) -> None:
-    """Raises VolumeError where a MetaImage header names voxels that are not there; ITK may crash on that."""
-    with path.open("rb") as file:
-        named = re.search(rb"ElementDataFile *= *([^\r\n]*)\r?\n?", file.read(16384))
-    name = named.group(1).decode("utf-8", "replace").strip() if named else ""
-    if name.split(" ")[0] in ("LOCAL", "LIST") or (name.isprintable() and re.search(r"%\d*d", name)):
-        return
-    if not name or "\0" in name or len(name) > 255 or not (path.parent / name).is_file():
-        text = f"the voxels that its header names ({name[:80] or 'none'}) are missing: copy both files again"
-        raise VolumeError("unreadable", text)
+    return _READERS[found.kind](found.path)
 
 
 def _to_hu(voxels: NDArray[Any]) -> tuple[NDArray[np.int16], float, list[str]]:
