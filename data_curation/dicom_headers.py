@@ -82,6 +82,7 @@ _OWN = (
     "SeriesInstanceUID",
     "FrameOfReferenceUID",
     "ConvolutionKernel",
+    "InstanceNumber",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
@@ -102,6 +103,7 @@ class Header:
 
     path: Path
     frame: int = -1
+    instance: int = 0  # InstanceNumber
     series: str = ""
     study: str = ""
     patient: str = ""
@@ -254,6 +256,7 @@ def _header(path: Path, frame: int, texts: Mapping[str, str]) -> Header:
     return Header(
         path,
         frame,
+        instance=int(number) if (number := texts.get("InstanceNumber", "")).isdecimal() else 0,
         series=texts.get("SeriesInstanceUID", ""),
         study=texts.get("StudyInstanceUID", ""),
         patient=texts.get("PatientID", ""),
@@ -292,7 +295,11 @@ def _judge(texts: Mapping[str, str], header: Header) -> tuple[str, str]:
         return "lookup_table", "values go through a modality lookup table, which is not read: export the series in HU"
     if len(header.spacing) != 2 or min(header.spacing) <= 0:
         return "no_spacing", "the header has no usable PixelSpacing, so sizes in mm are unknown: leave it out"
-    if len(header.position) != 3 or len(header.plane) != 6 or abs(math.dist(normal_of(header.plane), (0, 0, 0)) - 1) > 0.1:
+    if (
+        len(header.position) != 3
+        or len(header.plane) != 6
+        or abs(math.dist(normal_of(header.plane), (0, 0, 0)) - 1) > 0.1
+    ):
         text = "the header has no usable ImagePositionPatient and ImageOrientationPatient: slices cannot be ordered"
         return "no_position", text
     return "", ""

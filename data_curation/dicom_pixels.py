@@ -20,13 +20,14 @@ _UNDEFINED = 0xFFFFFFFF
 _NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.113619.5.2")
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _RLE = "1.2.840.10008.1.2.5"
-_JPEG, _JPEGLS, _JPEG2K, _HTJ2K = "jpeg8", "jpegls", "jpeg2k", "htj2k"  # functions X_decode of imagecodecs
+_JPEG, _SOF3, _JPEGLS, _JPEG2K, _HTJ2K = "jpeg8", "jpegsof3", "jpegls", "jpeg2k", "htj2k"  # X_decode of imagecodecs
+_TRUSTING = (_JPEG, _HTJ2K)  # they make up what is missing; jpeg8 also reads lossless JPEG, but as trustingly
 _CODECS: Mapping[str, str] = MappingProxyType(
     {
         "1.2.840.10008.1.2.4.50": _JPEG,  # baseline
         "1.2.840.10008.1.2.4.51": _JPEG,  # extended, 12 bits
-        "1.2.840.10008.1.2.4.57": _JPEG,  # lossless, any predictor
-        "1.2.840.10008.1.2.4.70": _JPEG,  # lossless, first predictor
+        "1.2.840.10008.1.2.4.57": _SOF3,  # lossless, any predictor
+        "1.2.840.10008.1.2.4.70": _SOF3,  # lossless, first predictor
         "1.2.840.10008.1.2.4.80": _JPEGLS,
         "1.2.840.10008.1.2.4.81": _JPEGLS,  # near-lossless
         "1.2.840.10008.1.2.4.90": _JPEG2K,
@@ -213,7 +214,10 @@ def _decoded(part: bytes, pixels: Pixels) -> NDArray[Any]:
         raw = imagecodecs.dicomrle_decode(part, pixels.dtype)
         found: NDArray[Any] = np.frombuffer(raw, pixels.dtype).reshape(pixels.rows, pixels.columns)
         return found
-    found = getattr(imagecodecs, f"{_CODECS[pixels.syntax]}_decode")(part)
+    codec = _CODECS[pixels.syntax]
+    if codec in _TRUSTING and b"\xff\xd9" not in part[-16:]:
+        raise EOFError("no end of the image")
+    found = getattr(imagecodecs, f"{codec}_decode")(part)
     if found.shape != (pixels.rows, pixels.columns) or found.dtype.kind not in "iu":
         raise ValueError(f"{found.dtype} {found.shape} instead of {pixels.rows} x {pixels.columns} pixels")
     return found

@@ -87,32 +87,44 @@ def _alike(one: Header, other: Header) -> bool:
 
 
 def _joined(groups: list[list[Header]]) -> list[list[Header]]:
-    """Groups of one series from several folders, put together where they make one stack."""
+    """Groups of one series from several folders, put together where they make one stack: all at once, or in pairs."""
+    kinds: list[list[list[Header]]] = []
+    for group in groups:
+        kind = next((kind for kind in kinds if _same_body(group[0], kind[0][0])), None)
+        if kind is None:
+            kinds.append([group])
+        else:
+            kind.append(group)
+    return [group for kind in kinds for group in ([sum(kind, [])] if _fit(kind) else _paired(kind))]
+
+
+def _paired(groups: list[list[Header]]) -> list[list[Header]]:
     joined: list[list[Header]] = []
     for group in groups:
-        for index, other in enumerate(joined):
-            if _fit(group, other):
-                joined[index] = other + group
-                break
-        else:
+        other = next((other for other in joined if _fit([other, group])), None)
+        if other is None:
             joined.append(group)
+        else:
+            other += group
     return joined
 
 
-def _fit(one: list[Header], other: list[Header]) -> bool:
-    """Are they parts of one stack: of one patient, no place twice, no hole between, and as even as before?
+def _same_body(one: Header, other: Header) -> bool:
+    """May they be parts of one stack? Some archives give all series of all patients the same UID."""
+    return (one.patient, one.study, one.body) == (other.patient, other.study, other.body) and _alike(one, other)
 
-    Archives that give all series the same UID, and copies of a folder, must not be mixed.
+
+def _fit(groups: list[list[Header]]) -> bool:
+    """Are they parts of one stack: no place twice, no hole between, and as even as the parts were?
+
+    Copies of a folder must not be mixed, nor two stacks that lie between each other.
     """
-    first, second = one[0], other[0]
-    if first.path.parent == second.path.parent or not _alike(first, second):
+    if len({group[0].path.parent for group in groups}) < len(groups) or len(groups) < 2:
         return False
-    if (first.patient, first.study, first.body) != (second.patient, second.study, second.body):
+    steps = _steps([header for group in groups for header in group])
+    if steps.min() <= SAME_PLACE_MM or steps.max() > max(_GAPS.max_gap, _GAPS.max_gap_times * float(np.median(steps))):
         return False
-    both = _steps([*one, *other])
-    if both.min() <= SAME_PLACE_MM or both.max() > max(_GAPS.max_gap, _GAPS.max_gap_times * float(np.median(both))):
-        return False
-    return _unevenness(both) <= max(_UNEVEN.uneven_tolerance, *(_unevenness(_steps(part)) for part in (one, other)))
+    return _unevenness(steps) <= max(_UNEVEN.uneven_tolerance, *(_unevenness(_steps(group)) for group in groups))
 
 
 def _places(headers: Sequence[Header]) -> NDArray[np.float64]:
@@ -125,8 +137,8 @@ def _steps(headers: Sequence[Header]) -> NDArray[np.float64]:
 
 
 def _unevenness(steps: NDArray[np.float64]) -> float:
-    """Largest departure from the median distance, relative; a lone slice fits anywhere."""
-    if len(steps) == 0:
+    """Largest departure from the median distance, relative; a slice or two fit anywhere."""
+    if len(steps) < 2:
         return np.inf
     median = float(np.median(steps))
     return float(np.abs(steps - median).max()) / max(median, SAME_PLACE_MM)
@@ -153,7 +165,7 @@ def _is_simple(group: Sequence[Header]) -> bool:
 
 def _ordered(group: list[Header], name: str) -> Stack:
     """Sorted along the normal. Copies of a slice stay in: only pixels can tell them from another phase."""
-    group = sorted(group, key=lambda header: (header.path, header.frame))
+    group = sorted(group, key=lambda header: (header.instance, header.path, header.frame))
     places = _places(group)
     headers = tuple(group[index] for index in in_order(places))
     if len(headers) == 1:

@@ -32,7 +32,8 @@ def apply(volume: Volume, settings: Settings) -> Volume:
         return volume
     ranges = {(lowest, lowest)}
     if volume.padding is not None and volume.padding[0] < AIR:
-        ranges.add((round(volume.padding[0]), min(round(volume.padding[1]), AIR - 1)))
+        declared = (round(volume.padding[0]), min(round(volume.padding[1]), AIR - 1))
+        ranges = {declared} if declared[0] <= lowest <= declared[1] else ranges | {declared}
     for low, high in sorted(ranges):
         share = volume.values.between(max(low, -32768), high)
         if share <= SHARE:
