@@ -95,7 +95,8 @@ def _joined(groups: list[list[Header]]) -> list[list[Header]]:
             kinds.append([group])
         else:
             kind.append(group)
-    return [group for kind in kinds for group in ([sum(kind, [])] if _fit(kind) else _paired(kind))]
+    whole = [[[header for group in kind for header in group]] if _fit(kind) else _paired(kind) for kind in kinds]
+    return [group for some in whole for group in some]
 
 
 def _paired(groups: list[list[Header]]) -> list[list[Header]]:
