@@ -169,7 +169,9 @@ def _headers(path: Path, file: BinaryIO) -> list[Header]:
         reason, detail = _judge(tops, first)
         named = (reason, detail) if reason not in ("", "no_spacing", "no_position") else ("unsupported", str(error))
         return [replace(first, reason=named[0], detail=named[1])]
-    except (EOFError, KeyError, ValueError):
+    except OSError:
+        raise
+    except Exception:
         return [replace(first, reason="unreadable", detail=damaged)]
     found = []
     for frame, texts in slices:

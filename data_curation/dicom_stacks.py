@@ -149,14 +149,22 @@ def _phases(group: list[Header]) -> list[list[Header]]:
     """Split a stack that was scanned several times by the first tag that gives each place once."""
     if len(group) < 4 or _is_simple(group):
         return [group]
+    most = _most_at_one_place(group)
     for row in range(len(PHASES)):
         phases: dict[str, list[Header]] = {}
         for header in group:
             phases.setdefault(header.phase[row], []).append(header)
         parts = list(phases.values())
-        if len(parts) > 1 and all(len(part) > 1 and _is_simple(part) for part in parts):
+        # A time that changes with every turn of the tube would leave crumbs; acquisitions may follow each other.
+        if 1 < len(parts) <= (most if row else len(group)) and all(len(p) > 1 and _is_simple(p) for p in parts):
             return parts
     return [group]
+
+
+def _most_at_one_place(group: Sequence[Header]) -> int:
+    places = _places(group)
+    starts = np.flatnonzero(np.diff(np.sort(places)) > SAME_PLACE_MM)
+    return int(np.diff([-1, *starts, len(places) - 1]).max())
 
 
 def _is_simple(group: Sequence[Header]) -> bool:

@@ -35,8 +35,7 @@ def load(found: Found, limits: Limits = Limits()) -> Grid:  # noqa: B008
     if found.reason:
         raise VolumeError(found.reason, found.detail)
     try:
-        with _quiet():
-            return _load(found, limits)
+        return _load(found, limits)
     except OSError as error:
         raise VolumeError("unreadable", f"{error.strerror or error}: allow reading the file") from None
 
@@ -60,7 +59,8 @@ def _load(found: Found, limits: Limits) -> Grid:
         raise VolumeError("empty", "the file has 0 bytes: copy or download it again")
     if found.kind == "nifti":
         return nifti.load(found.path)
-    return _with_itk(found)
+    with _quiet():
+        return _with_itk(found)
 
 
 def _with_itk(found: Found) -> Grid:

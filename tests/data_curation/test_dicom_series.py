@@ -89,6 +89,15 @@ def test_phases_are_split_by_the_first_tag_that_tells(tmp_path: Path, tag: str, 
         np.testing.assert_array_equal(read(item).hu, expected(*PLACES) + rise)
 
 
+def test_a_time_that_changes_with_every_turn_makes_no_crumbs(tmp_path: Path) -> None:
+    """Two slices a turn of the tube, and one place scanned twice."""
+    slices = [slice_at(z, ContentTime=f"1015{z // 4:02d}", InstanceNumber=z) for z in PLACES]
+    again = slice_at(10, ContentTime="101530", InstanceNumber=99, hu=pixels(3))
+    more = slice_at(12, ContentTime="101530", InstanceNumber=100)
+    (found,) = find(write(tmp_path, *slices, again, more))
+    assert read(found, Limits(phases="first")).hu.shape[0] == 7
+
+
 def test_two_kernels_under_one_uid_are_two_stacks(tmp_path: Path) -> None:
     soft = [slice_at(z, ConvolutionKernel="B30f") for z in PLACES]
     sharp = [slice_at(z, ConvolutionKernel=["B70f", "3"], hu=pixels(z) + 7) for z in PLACES]
