@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_curation.grid import VolumeError
+from data_curation.rules.max_voxels import fits
 
-__all__ = ["MOST_VOXELS", "SHEAR_DEGREES", "orthogonal", "place", "volume_shape"]
+__all__ = ["SHEAR_DEGREES", "orthogonal", "place", "volume_shape"]
 
-MOST_VOXELS = 2_000_000_000  # 1024 x 1024 pixels by 1,900 slices
 SHEAR_DEGREES = 0.5
 _FARTHEST = 1e7  # mm
 
@@ -34,9 +33,7 @@ def volume_shape(sizes: Sequence[int], max_voxels: int) -> tuple[int, int, int]:
         raise VolumeError(reason, f"{text} voxels are {what}: write the wanted volume as a file of its own")
     if len(shape) < 3 or sum(n > 1 for n in shape) < 3:
         raise VolumeError("single_slice", f"{text} voxels are one slice, not a volume: leave it out")
-    if (count := math.prod(shape)) > max_voxels:
-        text = f"{text} are {count:,} voxels, more than limits.max_voxels={max_voxels:,}"
-        raise VolumeError("too_large", f"{text}: the header is damaged, or raise the limit and mind the memory")
+    fits(shape, max_voxels)
     return shape[0], shape[1], shape[2]
 
 

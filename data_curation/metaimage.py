@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_curation import payload
-from data_curation.extent import MOST_VOXELS, place, volume_shape
+from data_curation.extent import place, volume_shape
 from data_curation.grid import Grid, VolumeError
+from data_curation.rules.max_voxels import MAX_VOXELS
 
 __all__ = ["load", "parts"]
 
@@ -50,7 +51,7 @@ class _Header:
     start: int  # first byte behind the header
 
 
-def load(path: Path, max_voxels: int = MOST_VOXELS) -> Grid:
+def load(path: Path, max_voxels: int = MAX_VOXELS) -> Grid:
     """Voxels as stored.
 
     Raises VolumeError: empty, unreadable, truncated, 4d, vector, single_slice, too_large, no_spacing.

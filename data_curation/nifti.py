@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation.extent import MOST_VOXELS, SHEAR_DEGREES, orthogonal, place, volume_shape
+from data_curation.extent import SHEAR_DEGREES, orthogonal, place, volume_shape
 from data_curation.grid import Grid, VolumeError
 from data_curation.payload import MOST_SKIPPED, beginning, contents
+from data_curation.rules.max_voxels import MAX_VOXELS
 
 __all__ = ["load"]
 
@@ -37,7 +38,7 @@ class _Header:
     pair: bool
 
 
-def load(path: Path, max_voxels: int = MOST_VOXELS) -> Grid:
+def load(path: Path, max_voxels: int = MAX_VOXELS) -> Grid:
     """Voxels with scl_slope and scl_inter applied (integers stay integers where both are whole).
 
     Memory: the compressed bytes and one volume, and the scaled volume where there is a scale. Raises VolumeError:

@@ -118,7 +118,7 @@ def scan(folder: Path, task: ScanTask) -> Scan:
 def _judged(task: ScanTask) -> tuple[Volume | None, Verdict, bool]:
     """The volume if it is kept, the verdict, and whether a refusal is worth another look in the next run."""
     try:
-        volume = repair(read(task.case.image), task.limits)
+        volume = repair(read(task.case.image, task.limits), task.limits)
         verdict = check(volume, task.limits)
     except VolumeError as error:
         return None, Verdict(False, error.reason, str(error)), error.reason == "unreadable"
