@@ -108,7 +108,7 @@ def _finished(settings: Settings, tasks: Sequence[ScanTask]) -> tuple[Shard, ...
     if lost:
         raise CurateError(
             f"{len(lost)} volume(s) of the finished shards are gone or were changed, such as {lost[0]} "
-            "(private/sources.csv names its file): an extended corpus needs all its earlier data sets, files and rules; "
+            "(private/sources.csv names its file): an extended corpus needs all its earlier data, unchanged; "
             "restore them, or curate into another folder="
         )
     if not extended:

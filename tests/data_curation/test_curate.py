@@ -75,12 +75,12 @@ def test_a_reader_that_fails_unexpectedly_costs_one_volume(
         write_scan(tmp_path / "in" / name / "ct.nii.gz", ord(name))
     honest = data_curation.scan.read
 
-    def read(found: Any) -> Any:
+    def read(found: Any, limits: Any) -> Any:
         if "/b/" in str(found.path):
             raise ZeroDivisionError("no slope\nat all")
         if "/c/" in str(found.path):
             raise MemoryError
-        return honest(found)
+        return honest(found, limits)
 
     monkeypatch.setattr(data_curation.scan, "read", read)
     assert main(settings(tmp_path / "corpus", tmp_path / "in")).ok

@@ -33,7 +33,9 @@ def test_a_second_run_changes_and_reads_nothing(
     assert state(tmp_path / "corpus") == expected
     read: list[str] = []
     honest = data_curation.scan.read
-    monkeypatch.setattr(data_curation.scan, "read", lambda found: (read.append(str(found.path)), honest(found))[1])
+    monkeypatch.setattr(
+        data_curation.scan, "read", lambda found, limits: (read.append(str(found.path)), honest(found, limits))[1]
+    )
     main(settings(tmp_path / "corpus", scans))
     assert state(tmp_path / "corpus") == expected
     assert not [path for path in read if "Jane" in path or "Twin" in path]
