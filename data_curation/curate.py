@@ -30,7 +30,7 @@ from data_curation.plan import Candidate, Plan, PlanRules, plan
 from data_curation.scan import SCAN, Scan, ScanTask, contents, has_spool, read_scan, scan, spool_path, stamp
 from data_curation.shards import is_written, write_shard
 from data_curation.slices import CODECS, DEFAULT_CODEC, SliceRule
-from launch.crew import Crew, Each, Lost, Workers, workers_for
+from launch.crew import Crew, Each, Lost, Workers, here, workers_for
 from launch.progress import Progress
 from launch.run import Outcome
 from launch.settings import Settings as Base
@@ -38,6 +38,8 @@ from launch.settings import Settings as Base
 __all__ = ["CurateError", "Settings", "Source", "Splits", "dry_run", "main"]
 
 OURS = re.compile(r"(train|val|duplicates)-\d+\.(tar|parquet)")  # names of shards and their rows
+
+FEW_SHARDS = 8  # written here: a process that writes imports webdataset, hence torch: seconds, where a shard takes one
 
 
 class CurateError(ValueError):
@@ -193,20 +195,9 @@ def _task(settings: Settings, source: Source, case: Case) -> ScanTask:
     licence = _licence(source)
     identity = (case.patient, case.study, case.series)
     patient, study, volume = (_hashed(settings, name, *identity[:depth]) for depth in (1, 2, 3))
-    rules = (licence, case.held_out, spool, settings.limits, settings.slices, settings.codec, volume)
-    return ScanTask(
-        case,
-        name,
-        licence,
-        volume,
-        patient,
-        study,
-        stamp(case, *rules),
-        spool,
-        settings.limits,
-        settings.slices,
-        settings.codec,
-    )
+    made = (settings.limits, settings.slices, settings.codec)
+    stamped = stamp(case, licence, case.held_out, spool, *made, volume)
+    return ScanTask(case, name, licence, volume, patient, study, stamped, spool, *made)
 
 
 def _hashed(settings: Settings, *names: str) -> str:
@@ -293,8 +284,9 @@ def _write_all(folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: di
     uses = Counter(part.volume for shard in missing for part in shard.parts)
     again = _restore(folder, [task for task in tasks if uses[task.volume]], scans, each)
     if missing:
+        write = each if len(missing) >= FEW_SHARDS else here
         with Progress(sum(shard.slices for shard in missing), "write", "slices") as bar:
-            for shard, done in each(partial(write_shard, folder), missing, lambda shard: shard.name):
+            for shard, done in write(partial(write_shard, folder), missing, lambda shard: shard.name):
                 if isinstance(done, Lost):
                     raise _lost(shard.name, done)
                 bar.advance(shard.slices)
