@@ -168,8 +168,8 @@ class _Pool:
             while left:
                 self._hand_out(call)
                 ended = [end for worker in self._heard() for end in self._attend(worker, call)]
-                self._hand_out(call)  # before the caller does what it does with the results
                 left -= len(ended)
+                # The next tasks are handed out when the caller has taken these, so that it can note what is done first.
                 yield from ((tasks[number], result) for number, result in ended)
         finally:
             for worker in [worker for worker in self._workers if worker.task is not None]:

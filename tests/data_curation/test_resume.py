@@ -6,7 +6,6 @@ import errno
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from data_curation.pool import WorkerLost, each
 
 import data_curation.scan
 from data_curation.curate import CurateError, main
@@ -166,18 +164,6 @@ def test_a_full_disk_is_one_clear_line_and_the_next_run_goes_on(
     monkeypatch.undo()
     main(settings(tmp_path / "corpus", scans))
     assert state(tmp_path / "corpus") == expected
-
-
-def test_a_killed_worker_is_told_with_its_task() -> None:
-    with pytest.raises(
-        WorkerLost, match=r"killed.* in work: .*15.*run the same command again with fewer workers \(workers=1\)"
-    ):
-        list(each(signal.raise_signal, [signal.Signals(15)] * 2, 2, lambda task: str(int(task))))
-
-
-def test_an_error_in_a_worker_is_raised_as_it_was() -> None:
-    with pytest.raises(FileNotFoundError, match="/no/such/file"):
-        list(each(os.stat, ["/no/such/file", "/"], 2, str))
 
 
 def test_two_at_a_time_are_refused(tmp_path: Path, scans: Path) -> None:
