@@ -28,7 +28,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from launch.worker import SIGNALS, work
 
-__all__ = ["Crew", "CrewError", "Each", "Lost", "Workers", "workers_for"]
+__all__ = ["Crew", "CrewError", "Each", "Lost", "Workers", "here", "workers_for"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,8 +90,8 @@ class Workers:
     """Processes on this machine, one task at a time each; 0: in this process, without limits, for tests and tiny work.
 
     A task whose worker dies is tried once more in a fresh one, then it is Lost("crashed"). One that takes longer than
-    ``timeout_s`` is ended. ``memory_gib`` is what a worker may allocate, libraries included (300 MB with SimpleITK,
-    pyarrow and torch); beyond it there is MemoryError, where otherwise the machine would swap.
+    ``timeout_s`` is ended. ``memory_gib`` is what a worker may allocate, libraries included (0.25 GiB with SimpleITK,
+    pyarrow and torch for CPUs); beyond it there is MemoryError, where otherwise the machine would swap.
     """
 
     count: int
@@ -102,7 +102,7 @@ class Workers:
     def open(self) -> Iterator[Each]:
         """The processes, started when they are first needed, ended with the block."""
         if self.count == 0:
-            yield _here
+            yield here
             return
         pool = _Pool(self)
         try:
@@ -115,7 +115,8 @@ class Workers:
         return replace(self, timeout_s=timeout_s, memory_gib=memory_gib)
 
 
-def _here(function: Callable[[T], R], tasks: Sequence[T], name: Callable[[T], str]) -> Iterator[tuple[T, R | Lost]]:
+def here(function: Callable[[T], R], tasks: Sequence[T], name: Callable[[T], str]) -> Iterator[tuple[T, R | Lost]]:
+    """`Each` in this process, in order, without limits."""
     yield from ((task, function(task)) for task in tasks)
 
 
@@ -167,8 +168,8 @@ class _Pool:
             while left:
                 self._hand_out(call)
                 ended = [end for worker in self._heard() for end in self._attend(worker, call)]
-                self._hand_out(call)  # before the caller does what it does with the results
                 left -= len(ended)
+                # The next tasks are handed out when the caller has taken these, so that it can note what is done first.
                 yield from ((tasks[number], result) for number, result in ended)
         finally:
             for worker in [worker for worker in self._workers if worker.task is not None]:

@@ -120,7 +120,7 @@ def test_the_first_of_phases_that_nothing_tells_apart(tmp_path: Path) -> None:
 def test_no_pixel_is_read_of_what_is_too_large(tmp_path: Path) -> None:
     folder = write(tmp_path, *(slice_at(z) for z in PLACES))
     (found,) = find(folder)
-    with pytest.raises(VolumeError, match="6 x 40 x 40 are 9,600 voxels, more than limits.max_voxels=9,599") as caught:
+    with pytest.raises(VolumeError, match=r"6 x 40 x 40 are 9,600 voxels, more than limits.max_voxels=9,599") as caught:
         read(found, Limits(max_voxels=9599))
     assert caught.value.reason == "too_large"
     assert read(found, Limits(max_voxels=9600)).hu.size == 9600

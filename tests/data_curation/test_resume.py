@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 import data_curation.scan
+from data_curation import curate
 from data_curation.curate import CurateError
+from launch.array import Array
+from launch.slurm import ArrayRules, Slurm
 from tests.data_curation.curated import main, settings, state
 
 
@@ -43,6 +46,15 @@ def test_a_second_run_changes_and_reads_nothing(
 
 def test_workers_do_not_change_the_bytes(tmp_path: Path, scans: Path, expected: dict[str, str]) -> None:
     main(settings(tmp_path / "corpus", scans, workers=2))
+    assert state(tmp_path / "corpus") == expected
+
+
+def test_nor_does_a_cluster(
+    tmp_path: Path, scans: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    slurm = Slurm(cluster="local", cpus_per_process=2, hours=0.2, array=ArrayRules(parallel=1))
+    curate.main(settings(tmp_path / "corpus", scans), Array(slurm, tmp_path / "corpus" / "jobs", poll_s=0.1))
     assert state(tmp_path / "corpus") == expected
 
 

@@ -166,7 +166,7 @@ def test_phases_of_a_four_dimensional_grid() -> None:
 
 def test_promised_voxels_have_a_limit() -> None:
     rules.max_voxels.fits((1000, 1000, 2000))
-    with pytest.raises(VolumeError, match="more than limits.max_voxels") as caught:
+    with pytest.raises(VolumeError, match=r"more than limits.max_voxels") as caught:
         rules.max_voxels.fits((1000, 1000, 2001))
     assert caught.value.reason == "too_large"
 
