@@ -20,8 +20,7 @@ _UNDEFINED = 0xFFFFFFFF
 _NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.113619.5.2")
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _RLE = "1.2.840.10008.1.2.5"
-_JPEG, _SOF3, _JPEGLS, _JPEG2K, _HTJ2K = "jpeg8", "jpegsof3", "jpegls", "jpeg2k", "htj2k"  # X_decode of imagecodecs
-_TRUSTING = (_JPEG, _HTJ2K)  # they make up what is missing; jpeg8 also reads lossless JPEG, but as trustingly
+_JPEG, _SOF3, _JPEGLS, _JPEG2K = "jpeg8", "jpegsof3", "jpegls", "jpeg2k"  # functions X_decode of imagecodecs
 _CODECS: Mapping[str, str] = MappingProxyType(
     {
         "1.2.840.10008.1.2.4.50": _JPEG,  # baseline
@@ -32,11 +31,13 @@ _CODECS: Mapping[str, str] = MappingProxyType(
         "1.2.840.10008.1.2.4.81": _JPEGLS,  # near-lossless
         "1.2.840.10008.1.2.4.90": _JPEG2K,
         "1.2.840.10008.1.2.4.91": _JPEG2K,
-        "1.2.840.10008.1.2.4.201": _HTJ2K,
-        "1.2.840.10008.1.2.4.202": _HTJ2K,
-        "1.2.840.10008.1.2.4.203": _HTJ2K,
+        "1.2.840.10008.1.2.4.201": _JPEG2K,  # HTJ2K by OpenJPEG: OpenJPH does not end on some damaged streams
+        "1.2.840.10008.1.2.4.202": _JPEG2K,
+        "1.2.840.10008.1.2.4.203": _JPEG2K,
     }
 )
+_FRAMES = (0xC0, 0xC1, 0xC3, 0xF7)  # markers of JPEG baseline, extended, lossless, and JPEG-LS
+_MOST_TILES = 4096
 LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81")
 
 
@@ -211,16 +212,63 @@ def _decoded(part: bytes, pixels: Pixels) -> NDArray[Any]:
     import imagecodecs
 
     if pixels.syntax == _RLE:
-        raw = imagecodecs.dicomrle_decode(part, pixels.dtype)
-        found: NDArray[Any] = np.frombuffer(raw, pixels.dtype).reshape(pixels.rows, pixels.columns)
-        return found
+        return _run_lengths(part, pixels)
     codec = _CODECS[pixels.syntax]
-    if codec in _TRUSTING and b"\xff\xd9" not in part[-16:]:
-        raise EOFError("no end of the image")
-    found = getattr(imagecodecs, f"{codec}_decode")(part)
-    if found.shape != (pixels.rows, pixels.columns) or found.dtype.kind not in "iu":
-        raise ValueError(f"{found.dtype} {found.shape} instead of {pixels.rows} x {pixels.columns} pixels")
+    wanted = (pixels.rows, pixels.columns)
+    # A damaged size would have a decoder fill gigabytes; one that is asked for the right size cannot.
+    if (_jpeg2k_size(part) if codec == _JPEG2K else _jpeg_size(part)) != wanted:
+        raise ValueError("an image of another size, or none")
+    if codec in (_JPEG, _JPEGLS) and b"\xff\xd9" not in part[-16:]:
+        raise EOFError("no end of the image")  # libjpeg makes up what is missing, CharLS may look for it for ever
+    found: NDArray[Any] = getattr(imagecodecs, f"{codec}_decode")(part)
+    if found.shape != wanted or found.dtype.kind not in "iu":
+        raise ValueError(f"{found.dtype} {found.shape} instead of {wanted} pixels")
     return found
+
+
+def _run_lengths(part: bytes, pixels: Pixels) -> NDArray[Any]:
+    """DICOM's RLE: a table of offsets, then each byte of the words by itself, the highest first, as PackBits."""
+    import imagecodecs
+
+    count, *offsets = struct.unpack_from("<16I", part)
+    width, size = pixels.allocated // 8, pixels.rows * pixels.columns
+    if count != width:
+        raise ValueError(f"{count} segments for {width} bytes a pixel")
+    ends = [*offsets[1:count], len(part)]
+    planes = np.empty((size, width), np.uint8)
+    for index, (start, end) in enumerate(zip(offsets, ends, strict=False)):
+        plane = np.frombuffer(imagecodecs.packbits_decode(part[start:end]), np.uint8)
+        if not 0 <= plane.size - size <= 1:  # an odd number of bytes is padded
+            raise EOFError("a segment is cut short")
+        planes[:, width - 1 - index] = plane[:size]
+    found: NDArray[Any] = planes.view(np.dtype(f"<u{width}")).reshape(pixels.rows, pixels.columns)
+    return found
+
+
+def _jpeg_size(part: bytes) -> tuple[int, int]:
+    """Rows and columns that a JPEG or JPEG-LS stream of one component states; (0, 0) where it states none."""
+    at = 2
+    while part[at : at + 1] == b"\xff" and at + 12 < len(part):
+        marker, length = part[at + 1], int.from_bytes(part[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker in _FRAMES:
+            rows, columns, components = struct.unpack_from(">HHB", part, at + 5)
+            return (rows, columns) if components == 1 else (0, 0)
+        else:
+            at += 2 + length
+    return 0, 0
+
+
+def _jpeg2k_size(part: bytes) -> tuple[int, int]:
+    """The same of a JPEG 2000 codestream, in a file of its own or bare; tiles are few."""
+    at = part.find(b"\xff\x4f\xff\x51")
+    if at < 0 or len(part) < at + 44:
+        return 0, 0
+    right, bottom, left, top, tile_width, tile_height = struct.unpack_from(">6I", part, at + 8)
+    rows, columns, components = bottom - top, right - left, struct.unpack_from(">H", part, at + 40)[0]
+    tiles = (columns / max(tile_width, 1)) * (rows / max(tile_height, 1))
+    return (rows, columns) if components == 1 and tiles <= _MOST_TILES else (0, 0)
 
 
 def _signed(found: NDArray[Any], pixels: Pixels, high: int) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import uid
 from pydicom.dataset import FileDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 
 from data_curation import dicom
-from data_curation.volumes import find
+from data_curation.volumes import VolumeError, find
 from tests.data_curation.test_dicom import SIZE, expected, refused, slice_at, volume, write
 
 PLACES = (0, 2, 4)
@@ -199,3 +200,23 @@ def test_real_files_hold_what_gdcm_reads(real_ct: Path) -> None:
             np.testing.assert_array_equal(array, sitk.GetArrayViewFromImage(image)[0])
             compared += 1
     assert compared > 80
+
+
+@pytest.mark.parametrize("syntax", [*CODECS, uid.RLELossless], ids=lambda syntax: uid.UID(syntax).name)
+def test_damaged_streams_are_refused_or_read_but_never_more(tmp_path: Path, syntax: str) -> None:
+    """Decoders have crashed, looped and asked for gigabytes on such bytes."""
+    data = slice_at(0, PixelRepresentation=0)
+    if syntax == uid.RLELossless:
+        data.compress(syntax)
+    else:
+        compressed(data, syntax)
+    (part,) = generate_frames(data.PixelData, number_of_frames=1)
+    draw = np.random.default_rng(0)
+    for number in range(60):
+        damaged = bytearray(part)
+        for at in draw.integers(0, len(part) if number % 2 else 60, 2):
+            damaged[at] = int(draw.integers(0, 256))
+        data.PixelData = encapsulate([bytes(damaged[: draw.integers(4, len(part))] if number % 5 == 0 else damaged)])
+        write(tmp_path, data, slice_at(2))
+        with suppress(VolumeError):
+            dicom.load([tmp_path / "0.dcm", tmp_path / "1.dcm"])
