@@ -111,7 +111,7 @@ def _cells(hu: NDArray[np.int16]) -> NDArray[np.float32]:
     cells = np.add.reduceat(rows, first[:-1], axis=1)
     shared = rows[:, np.minimum(first, hu.shape[1] - 1)] * part
     cells = (cells - shared[:, :-1] + shared[:, 1:]) * np.float32(SIDE * SIDE / hu.size)
-    return np.clip(cells, LOW_HU, HIGH_HU)
+    return np.asarray(np.clip(cells, LOW_HU, HIGH_HU))
 
 
 def _edges(n: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:

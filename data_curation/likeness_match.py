@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from data_curation.likeness import CODE_BITS, SIDE
 __all__ = ["Alike", "Rules", "alike", "turned"]
 
 Thumbs = Callable[[int], NDArray[np.uint8]]
+Pixel = TypeVar("Pixel", bound=np.generic)
 _HITS = 8  # pairs of slices that are kept of a proposed pair of volumes
 _POINTS = 48  # pairs of slices through which lines are tried
 
@@ -29,7 +31,7 @@ class Rules:
     """When two volumes are the same scan."""
 
     bits: int = 48  # leading bits of the codes that must agree; fewer find more and cost more comparisons
-    crowd: int = 64  # a code that occurs in more volumes than this proposes nothing
+    crowd: int = 64  # where more volumes have equal leading bits, all bits must agree; where those do, they say nothing
     chunk: int = 1 << 16  # slices looked up at a time: bounds the memory
     cached: int = 32  # volumes whose thumbnails are kept, about 1 MB each
     slices: int = 3  # fewer equal slices tie nothing
@@ -54,11 +56,11 @@ class Alike:
     same: NDArray[np.bool_]
 
 
-def turned(thumbs: NDArray[np.uint8], turn: int) -> NDArray[np.uint8]:
+def turned(planes: NDArray[Pixel], turn: int) -> NDArray[Pixel]:
     """Slices [S, Y, X] after one of the eight turns: 4 swaps the axes, then 2 reverses the rows, 1 the columns."""
     if turn & 4:
-        thumbs = thumbs.transpose(0, 2, 1)
-    return thumbs[:, :: -1 if turn & 2 else 1, :: -1 if turn & 1 else 1]
+        planes = planes.transpose(0, 2, 1)
+    return planes[:, :: -1 if turn & 2 else 1, :: -1 if turn & 1 else 1]
 
 
 def alike(
@@ -118,22 +120,35 @@ class _Table:
 def _table(codes: Sequence[NDArray[np.uint64]], doubts: Sequence[NDArray[np.uint64]], rules: Rules) -> _Table:
     empty = np.empty(0, np.uint64)
     sizes = [len(values) for values in codes]
+    code = np.concatenate([*codes, empty])
+    at = np.flatnonzero(code)
+    volume = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[at]
+    code, doubt = code[at], np.concatenate([*doubts, empty])[at]
     mask = np.uint64(2**64 - 2 ** (CODE_BITS - rules.bits))
-    code = np.concatenate([*codes, empty]) & mask
+    code = np.where(_crowded(code & mask, volume, rules.crowd), code, code & mask)
+    rare = ~_crowded(code, volume, rules.crowd)
+    order, new = _distinct(code, volume)
+    order = order[new & rare[order]]
+    starts = np.cumsum([0, *sizes])
+    z = (at - starts[volume]).astype(np.int32)
+    return _Table(code[order], doubt[order] & mask, volume[order], z[order])
+
+
+def _distinct(code: NDArray[np.uint64], volume: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The order by code, then volume (they come by volume), and where a new pair of both begins."""
     order = np.argsort(code, kind="stable")
-    order = order[np.searchsorted(code[order], np.uint64(1)) :]
-    volume = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
-    code = code[order]
     new = np.ones(len(code), bool)
-    new[1:] = (code[1:] != code[:-1]) | (volume[1:] != volume[:-1])
-    order, code, volume = order[new], code[new], volume[new]
-    starts = np.flatnonzero(np.append(True, code[1:] != code[:-1])[: len(code)])
-    members = np.diff(np.append(starts, len(code)))
-    few = np.repeat(members <= rules.crowd, members)
-    order, code, volume = order[few], code[few], volume[few]
-    first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    doubt = (np.concatenate([*doubts, empty]) & mask)[order]
-    return _Table(code, doubt, volume, (order - first[volume]).astype(np.int32))
+    new[1:] = (np.diff(code[order]) != 0) | (np.diff(volume[order]) != 0)
+    return order, new
+
+
+def _crowded(code: NDArray[np.uint64], volume: NDArray[np.int32], most: int) -> NDArray[np.bool_]:
+    """For every slice, whether its code occurs in more than `most` volumes."""
+    order, new = _distinct(code, volume)
+    group = np.cumsum(np.append(False, np.diff(code[order]) != 0)[: len(code)])
+    crowded = np.empty(len(code), bool)
+    crowded[order] = np.bincount(group[new], minlength=1)[group] > most
+    return crowded
 
 
 def _probes(code: NDArray[np.uint64], doubt: NDArray[np.uint64]) -> Iterator[NDArray[np.uint64]]:
@@ -252,7 +267,7 @@ def _compare(
 
 
 def _turned_rows(rows: NDArray[np.float32], turn: int) -> NDArray[np.float32]:
-    return turned(rows.reshape(-1, SIDE, SIDE), turn).reshape(len(rows), SIDE * SIDE)  # type: ignore[arg-type]
+    return turned(rows.reshape(-1, SIDE, SIDE), turn).reshape(len(rows), SIDE * SIDE)
 
 
 def _line(matrix: NDArray[np.float32], rules: Rules) -> tuple[float, float] | None:
@@ -292,4 +307,4 @@ def _along(matrix: NDArray[np.float32], slope: float, start: float) -> tuple[NDA
     reach = float(_reach(slope))
     other = np.arange(matrix.shape[1])
     near = np.abs(other - centre[:, None]) <= reach
-    return np.where(near, matrix, 0).max(1), near.any(1)
+    return np.asarray(np.where(near, matrix, 0).max(1)), np.asarray(near.any(1))

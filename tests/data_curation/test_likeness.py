@@ -49,13 +49,12 @@ def patients() -> list[Hu]:
 
 def _averaged(hu: Hu, thick: int) -> Hu:
     whole = len(hu) // thick * thick
-    return np.rint(hu[:whole].reshape(-1, thick, *hu.shape[1:]).mean(1)).astype(np.int16)
+    return np.asarray(np.rint(hu[:whole].reshape(-1, thick, *hu.shape[1:]).mean(1)), np.int16)
 
 
 def _zoomed(hu: Hu, *factors: float) -> Hu:
-    return np.rint(ndimage.zoom(hu.astype(np.float32), factors, order=1, grid_mode=True, mode="nearest")).astype(
-        np.int16
-    )
+    zoomed = ndimage.zoom(hu.astype(np.float32), factors, order=1, grid_mode=True, mode="nearest")
+    return np.asarray(np.rint(zoomed), np.int16)
 
 
 def _noisy(hu: Hu, size: int) -> Hu:
@@ -150,6 +149,11 @@ def test_a_code_in_a_crowd_proposes_nothing(patients: list[Hu]) -> None:
     signs.loaded.clear()
     assert signs.alike(Rules(crowd=2)) == []
     assert not signs.loaded
+
+
+def test_in_a_crowd_all_bits_count(patients: list[Hu]) -> None:
+    (found,) = Signs(*patients, patients[5][::-1]).alike(Rules(bits=3, crowd=3))
+    assert (found.first, found.second) == (5, 8)
 
 
 def test_chunks_change_nothing(patients: list[Hu]) -> None:
