@@ -148,10 +148,10 @@ def _plan(
 
 
 def _candidate(folder: Path, task: ScanTask) -> Candidate:
-    contents, codes = marks(folder, task.volume)
+    contents, codes, doubts = marks(folder, task.volume)
     names = (task.patient, *task.case.same_as)
     name = f"{task.dataset}: {task.case.source}"
-    return Candidate(task.volume, task.patient, names, task.stamp, name, not task.spool, contents, codes)
+    return Candidate(task.volume, task.patient, names, task.stamp, name, not task.spool, contents, codes, doubts)
 
 
 def _finish(

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_curation.aside import aside
-from data_curation.likeness import Alike
+from data_curation.likeness_match import Alike
 
 __all__ = [
     "INDEX",

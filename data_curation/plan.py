@@ -35,7 +35,8 @@ class Candidate:
     name: str  # data set and source, for messages
     excluded: bool
     contents: NDArray[np.uint64]  # [slices]
-    codes: NDArray[np.uint64]  # [slices]
+    codes: NDArray[np.uint64]  # [slices], see likeness.py
+    doubts: NDArray[np.uint64]
 
 
 @dataclass(frozen=True)

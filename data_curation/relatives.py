@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_curation.aside import aside
-from data_curation.likeness import Alike, alike
+from data_curation.likeness_match import Alike, alike
 from data_curation.plan import Candidate
 from data_curation.scan import thumbs
 
@@ -32,7 +32,9 @@ def relatives(folder: Path, candidates: Sequence[Candidate]) -> tuple[Alike, ...
     except (OSError, ValueError, LookupError, TypeError):
         pass  # not there, or damaged: found again
     names = [one.volume for one in candidates]
-    found = alike([one.codes for one in candidates], lambda i: thumbs(folder, names[i]))
+    found = alike(
+        [one.codes for one in candidates], [one.doubts for one in candidates], lambda i: thumbs(folder, names[i])
+    )
     with aside(folder / FOUND) as file:
         file.write(json.dumps({"key": key, "pairs": [_packed(pair) for pair in found]}).encode())
     return tuple(found)

@@ -21,7 +21,7 @@ from data_curation.aside import aside, write_parquet
 from data_curation.catalogue import Case
 from data_curation.checks import Limits, Verdict, check, repair
 from data_curation.index import read_part, unreadable
-from data_curation.likeness import SIDE, sign
+from data_curation.likeness import SIDE, body_box, sign
 from data_curation.settings import Terms
 from data_curation.slices import Slice, SliceRule, checksum, content, cut, encode, sha256
 from data_curation.volumes import Volume, VolumeError, read
@@ -48,7 +48,7 @@ _COLUMNS = pa.schema(
         ("z", pa.int32()), ("box_y", pa.int32()), ("box_x", pa.int32()), ("height", pa.int32()), ("width", pa.int32()),
         ("outside_max", pa.int16()), ("outside_body", pa.float32()), ("hu_min", pa.int16()), ("hu_max", pa.int16()),
         ("hu_mean", pa.float32()), ("hu_std", pa.float32()), ("body_fraction", pa.float32()), ("sha256", pa.string()),
-        ("content", pa.string()), ("code", pa.uint64()), ("thumb", pa.binary(SIDE * SIDE)),
+        ("content", pa.string()), ("code", pa.uint64()), ("doubt", pa.uint64()), ("thumb", pa.binary(SIDE * SIDE)),
         ("at", pa.int64()), ("size", pa.int32()), ("crc32", pa.uint32()),
     ]
 )  # fmt: skip
@@ -157,12 +157,13 @@ def _encode(folder: Path, task: ScanTask, volume: Volume, left_out: dict[int, st
 
 
 def _row(one: Slice, data: bytes, at: int) -> dict[str, Any]:
-    likeness = sign(one.hu)
+    likeness = sign(one.hu[body_box(one.hu)])
     return {
         "z": one.z, "box_y": one.box.y, "box_x": one.box.x, "height": one.box.height, "width": one.box.width,
         "outside_max": one.outside_max, "outside_body": one.outside_body, "body_fraction": one.body_fraction,
         **one.statistics(), "sha256": sha256(one.hu), "content": content(one.hu),
-        "code": likeness.code, "thumb": likeness.thumb.tobytes(), "at": at, "size": len(data), "crc32": checksum(data),
+        "code": likeness.code, "doubt": likeness.doubt, "thumb": likeness.thumb.tobytes(),
+        "at": at, "size": len(data), "crc32": checksum(data),
     }  # fmt: skip
 
 
@@ -193,7 +194,9 @@ def read_scan(folder: Path, volume: str) -> Scan | None:
 
 def read_rows(folder: Path, volume: str) -> list[dict[str, Any]]:
     """One row per kept slice, with the columns of the index that do not depend on the plan, and `at` in the spool."""
-    table = read_part(_proof_path(folder, volume), [name for name in _COLUMNS.names if name not in ("code", "thumb")])
+    table = read_part(
+        _proof_path(folder, volume), [name for name in _COLUMNS.names if name not in ("code", "doubt", "thumb")]
+    )
     constants = read_constants(folder, volume)
     del constants["left_out"]
     rows = []
@@ -213,11 +216,11 @@ def read_constants(folder: Path, volume: str) -> dict[str, Any]:
     return constants
 
 
-def marks(folder: Path, volume: str) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Per kept slice the first 64 bits of its content, 0 for a uniform one, and its perceptual code."""
-    table = read_part(_proof_path(folder, volume), ["content", "code"])
+def marks(folder: Path, volume: str) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
+    """Per kept slice the first 64 bits of its content, 0 for a uniform one; its code and doubts, see likeness.py."""
+    table = read_part(_proof_path(folder, volume), ["content", "code", "doubt"])
     contents = [int(name[:16] or "0", 16) for name in table["content"].to_pylist()]
-    return np.array(contents, np.uint64), table["code"].to_numpy()
+    return np.array(contents, np.uint64), table["code"].to_numpy(), table["doubt"].to_numpy()
 
 
 def thumbs(folder: Path, volume: str) -> NDArray[np.uint8]:

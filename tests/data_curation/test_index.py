@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_curation.index import SCHEMA, CorpusError, fingerprint, link, read_index, split_of
-from data_curation.likeness import Alike
+from data_curation.likeness_match import Alike
 from data_curation.plan import Candidate, Plan, PlanRules, plan
 from data_curation.shards import Shard
 
@@ -28,6 +28,7 @@ def candidates(patients: list[int], slices: list[list[int]], held_out: int = -1)
             f"set: file{i}",
             i == held_out,
             np.array(values, np.uint64),
+            np.zeros(len(values), np.uint64),
             np.zeros(len(values), np.uint64),
         )
         for i, (patient, values) in enumerate(zip(patients, slices, strict=True))
