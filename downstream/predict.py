@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -105,7 +106,10 @@ def ending(found: Found) -> str:
 
 
 def named(images: Path) -> dict[str, Found]:
-    """Case name -> image, of everything below a folder; below sub-folders these come first in the name."""
+    """Case name -> image, of everything below a folder; below sub-folders these come first in the name.
+
+    Images that would have one name get a number each, in the order of their files, and none takes another's name.
+    """
     if images.is_file():
         listed: Sequence[tuple[str, Found]] = [(case_name(images), geometry.found_at(images))]
     elif images.is_dir():
@@ -113,11 +117,13 @@ def named(images: Path) -> dict[str, Found]:
     else:
         raise CaseError(f"{images} is not there; images= is a folder of images, or one image")
     times = Counter(name for name, _ in listed)
-    seen: Counter[str] = Counter()
+    taken = {name for name, count in times.items() if count == 1}
     found_by_name = {}
     for name, found in listed:
-        seen[name] += 1
-        found_by_name[f"{name}_{seen[name]}" if times[name] > 1 else name] = found
+        if times[name] > 1:
+            name = next(free for n in itertools.count(1) if (free := f"{name}_{n}") not in taken)
+            taken.add(name)
+        found_by_name[name] = found
     return found_by_name
 
 
