@@ -9,6 +9,7 @@ import gzip
 import itertools
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from data_curation import dicom, nifti
 from data_curation.grid import OBLIQUE_DEGREES, Grid, from_image
 from data_curation.volumes import Found, Volume, VolumeError, read
-from downstream.cases import CaseError
+from downstream.cases import KINDS, CaseError, file_ending
 
 __all__ = [
     "LabelMap",
@@ -192,14 +193,10 @@ def read_scan(found: Found) -> Scan:
 
 def found_at(path: Path) -> Found:
     """One file, as `data_curation.volumes.find` would list it; VolumeError for other endings."""
-    name = path.name.lower()
-    kind = next((kind for ending, kind in _KINDS.items() if name.removesuffix(".gz").endswith(ending)), None)
+    kind = KINDS.get(file_ending(path).lower())
     if kind is None:
-        raise VolumeError("not_a_volume", f"the ending is none of .nii, .nii.gz, {', '.join(_KINDS)}")
+        raise VolumeError("not_a_volume", f"the ending is none of {', '.join(KINDS)}")
     return Found(path, (path,), kind, path.name, path.name)
-
-
-_KINDS = {".nii": "nifti", ".hdr": "nifti", ".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
 
 
 def _load(found: Found) -> Grid:
@@ -250,7 +247,8 @@ def write_labelmap(path: Path, array: NDArray[np.uint8], place: Place, like: Pat
     assert array.shape == place.size[::-1], f"{array.shape} on a grid of {place.size}"
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        copied = _copied(like) if like is not None and _kind(like) == _kind(path) else None
+        packed = path.name.endswith(".gz")
+        copied = _copied(like, packed) if like is not None and _kind(like) == _kind(path) else None
         if copied is not None:
             aside.write_bytes(copied(np.ascontiguousarray(array)))
         else:
@@ -282,11 +280,15 @@ def _write_itk(path: Path, array: NDArray[np.uint8], place: Place, like: Path | 
     sitk.WriteImage(image, str(path), useCompression=True)
 
 
-def _copied(like: Path) -> Callable[[NDArray[np.uint8]], bytes] | None:
-    """How to write an array under the header of another file; None if that header is of a kind we do not take over."""
-    with (gzip.open if like.name.endswith(".gz") else open)(like, "rb") as file:
+def _copied(like: Path, packed: bool) -> Callable[[NDArray[np.uint8]], bytes] | None:
+    """How to write an array under the header of another file; None if that header is of a kind we do not take over.
+
+    Whether `like` is compressed shows in its first bytes and not, for sure, in its name.
+    """
+    with like.open("rb") as file:
         head = file.read(1 << 16)
-    packed = like.name.endswith(".gz")
+    if head.startswith(b"\x1f\x8b"):
+        head = zlib.decompressobj(31).decompress(head, 1 << 16)
     if head[344:348] == b"n+1\0" and 348 in (order := struct.unpack("<i", head[:4]) + struct.unpack(">i", head[:4])):
         return lambda array: _nifti(head[:348], "<" if order[0] == 348 else ">", array, packed)
     if head.startswith(b"NRRD") and b"\n\n" in head and b"data file:" not in head:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from data_curation.volumes import Found, VolumeError, find
 from downstream import geometry
-from downstream.cases import CaseError, case_name
+from downstream.cases import KINDS, CaseError, case_name, file_ending
 from downstream.inference import Window, predict_volume
 from downstream.model import Header, SegmentationModel, load_model
 from launch import settings as base
@@ -43,7 +43,7 @@ def main(settings: Settings) -> Outcome:
     """Predicts every image; with several ranks each takes its share. Not ok if nothing could be predicted."""
     images = named(settings.images)
     if not images:
-        raise CaseError(f"{settings.images}: no image; .nii, .nii.gz, .nrrd, .mha, .mhd and DICOM are read")
+        raise CaseError(f"{settings.images}: no image; {', '.join(KINDS)} and DICOM are read")
     with world(settings.device) as here:
         model, header = load_model(settings.model, here.device)
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -97,12 +97,11 @@ def predict_image(model: SegmentationModel, header: Header, found: Found, path: 
 
 def ending(found: Found) -> str:
     """Ending of the label map: the image's, where it can hold it in one file."""
-    name = found.path.name.lower()
     if found.kind == "nrrd":
         return ".nrrd"
     if found.kind == "metaimage":
         return ".mha"
-    return ".nii" if name.endswith(".nii") and found.kind == "nifti" else ".nii.gz"
+    return ".nii" if file_ending(found.path).lower() == ".nii" and found.kind == "nifti" else ".nii.gz"
 
 
 def named(images: Path) -> dict[str, Found]:

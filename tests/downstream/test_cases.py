@@ -237,10 +237,28 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
         ("amos_0001.nii.gz", "amos_0001"),
         ("dicom", "dicom"),
         ("a.mha", "a"),
+        ("a.nhdr", "a"),
+        ("a_0000.NII.GZ", "a"),
+        ("A.Mha", "A"),
+        ("deep/a.hdr", "a"),
     ],
 )
 def test_case_names(name: str, case: str) -> None:
     assert case_name(Path(name)) == case
+
+
+def test_the_folder_one_stands_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "patient/series").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "patient/series")
+    assert case_name(Path(".")) == "series"
+    assert case_name(Path("..")) == "patient"
+    assert case_name(Path("/"))
+
+
+def test_endings_in_capitals_are_paired_too(folder: Path) -> None:
+    for path in [*(folder / "imagesTr").iterdir(), *(folder / "labelsTr").glob("case_0*")]:
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    assert [case.name for case in open_dataset(folder).cases] == ["case_0", "case_1", "case_2"]
 
 
 def test_a_real_label_on_another_grid(real_ct: Path, tmp_path: Path) -> None:
