@@ -190,9 +190,11 @@ def test_a_batch_depends_on_seed_and_step_only(dataset: Path, tmp_path: Path) ->
 def test_forced_patches_hold_foreground(dataset: Path, tmp_path: Path) -> None:
     cases = cached(dataset, tmp_path)
     take = PatchSettings(size=8, batch_size=2, foreground=0.5)
-    found = [bool((sample(cases, take, off(), HuWindow(), 0, index)[1] > 0).any()) for index in range(60)]
-    assert all(found[1::2])
-    assert not all(found[0::2])
+    turned = off().model_copy(update={"rotate_p": 1.0, "scale_p": 1.0})
+    for augmentation in (off(), turned):
+        found = [bool((sample(cases, take, augmentation, HuWindow(), 0, index)[1] > 0).any()) for index in range(60)]
+        assert all(found[1::2])
+        assert not all(found[0::2])
 
 
 def test_prediction_keeps_geometry_resumes_and_reports(trained: Path, dataset: Path, tmp_path: Path) -> None:
