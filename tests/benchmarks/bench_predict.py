@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -34,7 +35,7 @@ class Bench(Settings):
     classes: int = 12
     size: str = "ti"
     device: str = "cpu"
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: int = 8
     repeats: int = 3
 
