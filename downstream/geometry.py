@@ -196,7 +196,21 @@ def found_at(path: Path) -> Found:
     kind = KINDS.get(file_ending(path).lower())
     if kind is None:
         raise VolumeError("not_a_volume", f"the ending is none of {', '.join(KINDS)}")
-    return Found(path, (path,), kind, path.name, path.name)
+    return Found(path, (path, *_voxels(path)), kind, path.name, path.name)
+
+
+def _voxels(path: Path) -> list[Path]:
+    """The files that lie beside a header and hold its voxels: the ones it names, and for NIfTI those called like it."""
+    if file_ending(path).lower() == ".hdr":
+        beside = [path.with_suffix(ending) for ending in (".img", ".IMG", ".img.gz", ".IMG.gz")]
+    elif file_ending(path).lower() in (".mhd", ".nhdr") and path.is_file():
+        with path.open("rb") as file:
+            lines = file.read(1 << 16).decode("utf-8", "replace").splitlines()
+        named = (part.strip() for line in lines for part in (line, line.rpartition("=")[2], line.rpartition(":")[2]))
+        beside = [path.parent / name for name in dict.fromkeys(named) if 0 < len(name) < 256]
+    else:
+        beside = []
+    return [voxels for voxels in beside if voxels.is_file() and voxels != path]
 
 
 def _load(found: Found) -> Grid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,42 @@ def test_the_cache_is_used_checked_and_repaired(folder: Path, tmp_path: Path) ->
     assert coarse.shape == (6, 20, 8)
     assert coarse.spacing == (4.0, 2.0, 2.0)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_new_voxels_beside_an_old_header_are_seen(folder: Path, tmp_path: Path) -> None:
+    describe(folder, file_ending=".mhd")
+    header = folder / "imagesTr/case_0_0000.mhd"
+    write(header, arrays(0)[0])
+    write(folder / "labelsTr/case_0.mhd", arrays(0)[1])
+    for voxels, text in (("case_0_0000.zraw", None), ("deep er/other.raw", "ElementDataFile = deep er/other.raw\n")):
+        if text:  # not compressed, and called otherwise than the header
+            kept = [line for line in header.read_text().splitlines(True) if "Compressed" not in line]
+            header.write_text("".join(kept[:-1]) + text)
+            (header.parent / voxels).parent.mkdir()
+            (header.parent / voxels).write_bytes(arrays(0)[0].tobytes())
+        (case,) = [one for one in open_dataset(folder).cases if one.name == "case_0"]
+        labels = open_dataset(folder).labels
+        assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0], arrays(0)[0])
+        when, written = header.stat(), header.read_bytes()
+        if not text:
+            write(header, arrays(1)[0])
+            header.write_bytes(written)
+        else:
+            (header.parent / voxels).write_bytes(arrays(1)[0].tobytes())
+        os.utime(header, ns=(when.st_atime_ns, when.st_mtime_ns))
+        assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0], arrays(1)[0])
+
+
+def test_a_slice_damaged_after_the_start_is_named(folder: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(folder)
+    case = prepare_case(dataset.cases[0], dataset.labels, None, tmp_path)
+    raw = bytearray(case.path.read_bytes())
+    start = raw.index(raw[-int(case.bounds[-1]) :]) + int(case.bounds[3])
+    raw[start + 20] ^= 1
+    case.path.write_bytes(raw)
+    assert np.array_equal(case.slice(2)[0], arrays(0)[0][2])
+    with pytest.raises(CaseError, match=r"case_0\.safetensors: slice 3 is damaged"):
+        case.slice(3)
 
 
 def test_the_dataset_window_is_nnunets(folder: Path, tmp_path: Path) -> None:
