@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from pydantic import BaseModel
 
+from downstream import finetune
 from downstream.augment import Augmentation, Placement, cut, distort, off, place
 from downstream.decoders import linear
 from downstream.finetune import Settings
@@ -152,7 +155,30 @@ def test_two_rates_and_no_group_for_what_is_frozen() -> None:
     assert counted == sum(p.numel() for p in made.exported().decoder.parameters())
 
 
-@pytest.mark.parametrize("name", ["amos22", "btcv", "kits23", "lits", "smoke_finetune"])
+CONFIGS = sorted(path.stem for path in (Path(finetune.__file__).parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packaged_config_says_only_what_differs_in_lines_that_can_be_read(name: str) -> None:
+    text = find(f"{name}.yaml").read_text()
+    assert max(map(len, text.splitlines())) <= 120
+    assert not repeated(yaml.safe_load(text), Settings)
+
+
+def repeated(given: dict[str, Any], model: type[BaseModel]) -> list[str]:
+    """Keys of a YAML that hold the default."""
+    found = []
+    for key, value in given.items():
+        default = model.model_fields[key].get_default(call_default_factory=True) if key != "base" else None
+        if isinstance(default, BaseModel):
+            same = getattr(default, "kind", None) == value.pop("kind", None)
+            found += [f"{key}.{name}" for name in repeated(value, type(default))] if same else []
+        elif key != "base" and default == (tuple(value) if isinstance(value, list) else value):
+            found.append(key)
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_packaged_configs_are_found_by_name_and_valid(name: str) -> None:
     found = load(Settings, find(f"{name}.yaml"), ["folder=run", "dataset=data"])
     assert found.patches.size % found.model.patch_size == 0
