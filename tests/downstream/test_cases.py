@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -193,13 +192,12 @@ def test_new_voxels_beside_an_old_header_are_seen(folder: Path, tmp_path: Path) 
         (case,) = [one for one in open_dataset(folder).cases if one.name == "case_0"]
         labels = open_dataset(folder).labels
         assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0], arrays(0)[0])
-        when, written = header.stat(), header.read_bytes()
+        shutil.copy2(header, tmp_path / "header")
         if not text:
             write(header, arrays(1)[0])
-            header.write_bytes(written)
         else:
             (header.parent / voxels).write_bytes(arrays(1)[0].tobytes())
-        os.utime(header, ns=(when.st_atime_ns, when.st_mtime_ns))
+        shutil.copy2(tmp_path / "header", header)  # with its time
         assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0], arrays(1)[0])
 
 
