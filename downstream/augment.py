@@ -7,13 +7,13 @@ all when it is neither turned nor scaled. Intensities are changed after normalis
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -53,6 +53,13 @@ class Augmentation(base.Settings):
     gamma_p: float = _probability(0.3, "a gamma change")
     invert_gamma_p: float = _probability(0.1, "a gamma change of the inverted patch")
 
+    @field_validator("scale", "blur_sigma", "brightness", "contrast", "coarse", "gamma")
+    @classmethod
+    def _ordered(cls, limits: Range) -> Range:
+        if not 0 < limits[0] <= limits[1] < math.inf:
+            raise ValueError(f"needs 0 < low <= high, got [{limits[0]:g}, {limits[1]:g}]")
+        return limits
+
 
 def off() -> Augmentation:
     """Plain patches."""
@@ -78,7 +85,10 @@ class Placement:
 def place(
     rng: np.random.Generator, settings: Augmentation, shape: tuple[int, int], size: int, focus: tuple[int, int] | None
 ) -> Placement:
-    """Draws a placement: within the slice where the patch fits, and around the pixel `focus` (y, x) if one is given."""
+    """Draws a placement: within the slice where an upright patch fits; the pixel `focus` (y, x), if given, is in it.
+
+    A turned or scaled patch may miss the pixel, or step over it, and is moved until it has a sample on its middle.
+    """
     centre = []
     for axis, side in enumerate(shape):
         low, high = min(size, side) / 2, side - min(size, side) / 2
@@ -91,7 +101,21 @@ def place(
         settings.scale[0] + (settings.scale[1] - settings.scale[0]) * draws[3] if draws[2] < settings.scale_p else 1.0
     )
     mirror = ("y" in settings.flip and draws[4] < settings.flip_p, "x" in settings.flip and draws[5] < settings.flip_p)
-    return Placement((centre[0], centre[1]), float(scale), float(angle), mirror)
+    where = Placement((centre[0], centre[1]), float(scale), float(angle), mirror)
+    return where if focus is None or where.plain else _moved(where, size, focus)
+
+
+def _moved(where: Placement, size: int, focus: tuple[int, int]) -> Placement:
+    """The placement with a sample on the middle of the pixel `focus`, one near to where the pixel lay before."""
+    cosine, sine = math.cos(where.angle), math.sin(where.angle)
+    # px of the patch. Where it is enlarged, the pixel stays where it lay in the patch, instead of at the border.
+    y, x = (min(where.scale, 1.0) * (pixel + 0.5 - mid) for pixel, mid in zip(focus, where.centre, strict=True))
+    half = (size - 1) / 2
+    down, right = (
+        min(max(round(offset + half), 0), size - 1) - half for offset in (cosine * y + sine * x, cosine * x - sine * y)
+    )
+    back = ((cosine * down - sine * right) / where.scale, (sine * down + cosine * right) / where.scale)
+    return replace(where, centre=(focus[0] + 0.5 - back[0], focus[1] + 0.5 - back[1]))
 
 
 def cut(image: NDArray[np.int16], label: NDArray[np.uint8], size: int, where: Placement) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,14 @@ from data_curation.folds import FOLD, FOLDS, drawn, fold_of
 from launch import settings as base
 
 __all__ = [
+    "KINDS",
     "CaseError",
     "Dataset",
     "Labels",
     "RawCase",
     "Split",
     "case_name",
+    "file_ending",
     "label_files",
     "open_dataset",
     "read_labels",
@@ -31,7 +33,15 @@ __all__ = [
     "told",
 ]
 
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+KINDS = {  # of image and label files by their ending, in capitals too; longer endings first
+    ".nii.gz": "nifti",
+    ".nii": "nifti",
+    ".hdr": "nifti",
+    ".nrrd": "nrrd",
+    ".nhdr": "nrrd",
+    ".mha": "metaimage",
+    ".mhd": "metaimage",
+}
 _SHOWN = 10  # faults told in full; the rest are counted
 
 
@@ -121,22 +131,22 @@ def open_dataset(folder: Path) -> Dataset:
             f"{folder / 'dataset.json'}: {len(channels)} channels {channels}; give a data set of one CT channel"
         )
     given = described.get("file_ending")
-    endings = (given,) if given else ENDINGS
+    endings = (given,) if given else tuple(KINDS)
     images, marks = (_files(folder / part, endings) for part in ("imagesTr", "labelsTr"))
     faults, cases, used = [], [], set()
     for name, label in marks.items():
         image = next((key for key in (f"{name}_0000", name) if key in images), None)
         if image is None:
             faults.append(
-                f"{name}: {label.name} has no image; put {name}_0000{_ending(label)} into {folder / 'imagesTr'}"
+                f"{name}: {label.name} has no image; put {name}_0000{file_ending(label)} into {folder / 'imagesTr'}"
             )
             continue
         used.add(image)
         cases.append(RawCase(name, images[image], label))
     for name in sorted(set(images) - used):
-        case = name.removesuffix("_0000")
+        case, without = name.removesuffix("_0000"), images[name]
         faults.append(
-            f"{case}: {images[name].name} has no label; put {case}{_ending(images[name])} into {folder / 'labelsTr'}"
+            f"{case}: {without.name} has no label; put {case}{file_ending(without)} into {folder / 'labelsTr'}"
         )
     expected = described.get("numTraining")
     if not faults and isinstance(expected, int) and expected != len(cases):
@@ -156,24 +166,28 @@ def read_labels(path: Path) -> Labels:
 
 
 def case_name(path: Path) -> str:
-    """`CASE` of `CASE_0000.nii.gz`, `CASE.nrrd` or a DICOM folder `CASE`."""
-    ending = _ending(path)
-    return path.name.removesuffix(ending).removesuffix("_0000") if ending else path.name
+    """`CASE` of `CASE_0000.nii.gz`, `CASE.nrrd` or a DICOM folder `CASE`, also where that is called `.`."""
+    ending = file_ending(path)
+    if ending:
+        return path.name.removesuffix(ending).removesuffix("_0000")
+    return (path if path.name not in ("", "..") else path.resolve()).name or "image"
+
+
+def file_ending(path: Path, endings: Iterable[str] = KINDS) -> str:
+    """The first of the endings that the file has, as it is written there; "" if it has none of them."""
+    name = path.name.lower()
+    return next((path.name[-len(ending) :] for ending in endings if name.endswith(ending.lower())), "")
 
 
 def label_files(folder: Path) -> dict[str, Path]:
     """Case name -> label map, of a folder of label maps."""
-    return _files(folder, ENDINGS)
+    return _files(folder, KINDS)
 
 
 def told(heading: str, faults: Sequence[str]) -> str:
     """One text of many faults, the first ones in full."""
     rest = [f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
     return "\n  ".join([heading + ":", *faults[:_SHOWN], *rest])
-
-
-def _ending(path: Path) -> str:
-    return next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), "")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -186,7 +200,7 @@ def _files(folder: Path, endings: Iterable[str]) -> dict[str, Path]:
         raise CaseError(f"{folder} is not a folder; nnU-Net's raw format has imagesTr, labelsTr and dataset.json")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        ending = next((ending for ending in endings if path.name.endswith(ending)), None)
+        ending = file_ending(path, endings)
         if ending and not path.name.startswith("."):
             stem = path.name.removesuffix(ending)
             if stem in found:

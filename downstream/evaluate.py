@@ -60,6 +60,8 @@ def main(settings: Settings) -> Outcome:
             found[name] = _case(name, predicted[name], labelled[name], organs, settings.tolerance)
         except cases.CaseError as fault:
             refused[name] = str(fault)
+    if not found:
+        raise cases.CaseError(cases.told(f"none of the {len(common)} case(s) can be scored", list(refused.values())))
     summary = _summary(found, list(organs), settings)
     unmatched = {
         "refused": refused,

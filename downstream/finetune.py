@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,13 +18,13 @@ from pydantic import Field
 from torch import nn
 
 from downstream.augment import Augmentation
-from downstream.cases import Dataset, Split, open_dataset, split
+from downstream.cases import CaseError, Dataset, Split, open_dataset, split
 from downstream.decoders import pyramid
 from downstream.inference import Window
 from downstream.model import Header, SegmentationModel, build, save_model
 from downstream.prepared import Prepared, dataset_window, prepare
 from downstream.segmentation import PatchSettings, Segmentation, batches, parameter_groups
-from downstream.validation import Best, report, validate
+from downstream.validation import Best, Table, report, validate
 from launch import settings as base
 from launch.distributed import World, barrier, world
 from launch.log import Log
@@ -67,7 +68,12 @@ class Settings(base.Settings):
     model: VitSettings = Field(
         VitSettings(size="b", in_channels=1), description="the backbone where `backbone` is null"
     )
-    drop_path: float = Field(0.2, ge=0, lt=1, description="share of the sequences that skip a branch in training")
+    drop_path: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="share of the sequences that skip a branch in training; a frozen backbone skips none",
+    )
     decoder: Decoder = Field(pyramid.Settings(), description="what makes classes of the backbone's maps")
     freeze_backbone: bool = Field(False, description="train the decoder alone")
     steps: int = Field(250_000, gt=0, description="optimizer steps")
@@ -112,11 +118,11 @@ def main(settings: Settings) -> Outcome:
             compile_blocks(model.backbone)
         method = Segmentation(model.to(here.device), settings.freeze_backbone)
         shard(nn.ModuleDict({"model": model}), here, settings.parallel)
-        ended = _train(settings, method, header, train_cases, val_cases, here)
+        ended, table = _train(settings, method, header, train_cases, val_cases, here)
         header = header.model_copy(update={"step": ended})
         save_model(settings.folder / "model.safetensors", model, header, write=here.rank == 0)
         if val_cases:
-            table = validate(model, header, val_cases, settings.window, here)
+            table = table or validate(model, header, val_cases, settings.window, here)
             if here.rank == 0:
                 print(report(settings.folder, table, ended))
     names = ("model.safetensors", *(("validation.json", "validation.csv", "best.safetensors") if val_cases else ()))
@@ -142,7 +148,8 @@ def _prepared(dataset: Dataset, settings: Settings, here: World) -> dict[str, Pr
     cache = settings.folder / "cache"
     given = (dataset.labels, settings.spacing, cache)
     if here.size > 1:
-        prepare(dataset.cases[here.rank :: here.size], *given, settings.prepare_workers, here.rank == 0)
+        with suppress(CaseError):  # told below by every rank; here the others would wait for this one
+            prepare(dataset.cases[here.rank :: here.size], *given, settings.prepare_workers, here.rank == 0)
         barrier()
     workers = settings.prepare_workers if here.size == 1 else 0
     return {case.name: case for case in prepare(dataset.cases, *given, workers, here.rank == 0)}
@@ -159,7 +166,8 @@ def _model(settings: Settings, dataset: Dataset, cases: Sequence[Prepared]) -> t
             vit, weights = loaded.settings, loaded.state_dict()
         # Positions are disturbed in pretraining only.
         rope = vit.rope.model_copy(update={"shift": None, "jitter": None, "rescale": None})
-        backbone = build_vit(vit.model_copy(update={"drop_path": settings.drop_path, "rope": rope}))
+        drop_path = 0.0 if settings.freeze_backbone else settings.drop_path  # what does not learn needs no disturbance
+        backbone = build_vit(vit.model_copy(update={"drop_path": drop_path, "rope": rope}))
         if weights is not None:
             backbone.load_state_dict(weights)
         model = build(backbone, settings.decoder, len(dataset.labels.values))
@@ -188,8 +196,8 @@ def _train(
     training: Sequence[Prepared],
     validation: Sequence[Prepared],
     here: World,
-) -> int:
-    """Runs the loop; the step it ended at. Stopped if a signal ended it."""
+) -> tuple[int, Table | None]:
+    """Runs the loop; the step it ended at, and its validation if there was one then. Stopped if a signal ended it."""
     model = method.exported()
     optim = settings.optim
     groups = parameter_groups(model, optim.lr, optim.backbone_lr)
@@ -221,9 +229,12 @@ def _train(
     )
 
     best = Best(settings.folder, model, header, start)
+    seen: dict[int, Table] = {}
 
     def look(step: int) -> dict[str, float]:
-        means = validate(model, header, validation, settings.window, here).means()
+        seen.clear()
+        seen[step] = validate(model, header, validation, settings.window, here)
+        means = seen[step].means()
         best.offer(step, means["mean"], here)
         return {f"dice/{organ}": value for organ, value in means.items() if not math.isnan(value)}
 
@@ -236,7 +247,7 @@ def _train(
         raise Stopped(
             f"stopped by {ended.stopped_by} after step {ended.step} of {settings.steps}; the same command continues"
         )
-    return ended.step
+    return ended.step, seen.get(ended.step)
 
 
 def dry_run(settings: Settings) -> str:

@@ -9,6 +9,7 @@ import gzip
 import itertools
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from data_curation import dicom, nifti
 from data_curation.grid import OBLIQUE_DEGREES, Grid, from_image
 from data_curation.volumes import Found, Volume, VolumeError, read
-from downstream.cases import CaseError
+from downstream.cases import KINDS, CaseError, file_ending
 
 __all__ = [
     "LabelMap",
@@ -192,14 +193,24 @@ def read_scan(found: Found) -> Scan:
 
 def found_at(path: Path) -> Found:
     """One file, as `data_curation.volumes.find` would list it; VolumeError for other endings."""
-    name = path.name.lower()
-    kind = next((kind for ending, kind in _KINDS.items() if name.removesuffix(".gz").endswith(ending)), None)
+    kind = KINDS.get(file_ending(path).lower())
     if kind is None:
-        raise VolumeError("not_a_volume", f"the ending is none of .nii, .nii.gz, {', '.join(_KINDS)}")
-    return Found(path, (path,), kind, path.name, path.name)
+        raise VolumeError("not_a_volume", f"the ending is none of {', '.join(KINDS)}")
+    return Found(path, (path, *_voxels(path)), kind, path.name, path.name)
 
 
-_KINDS = {".nii": "nifti", ".hdr": "nifti", ".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
+def _voxels(path: Path) -> list[Path]:
+    """The files that lie beside a header and hold its voxels: the ones it names, and for NIfTI those called like it."""
+    if file_ending(path).lower() == ".hdr":
+        beside = [path.with_suffix(ending) for ending in (".img", ".IMG", ".img.gz", ".IMG.gz")]
+    elif file_ending(path).lower() in (".mhd", ".nhdr") and path.is_file():
+        with path.open("rb") as file:
+            lines = file.read(1 << 16).decode("utf-8", "replace").splitlines()
+        named = (part.strip() for line in lines for part in (line, line.rpartition("=")[2], line.rpartition(":")[2]))
+        beside = [path.parent / name for name in dict.fromkeys(named) if 0 < len(name) < 256]
+    else:
+        beside = []
+    return [voxels for voxels in beside if voxels.is_file() and voxels != path]
 
 
 def _load(found: Found) -> Grid:
@@ -250,7 +261,8 @@ def write_labelmap(path: Path, array: NDArray[np.uint8], place: Place, like: Pat
     assert array.shape == place.size[::-1], f"{array.shape} on a grid of {place.size}"
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        copied = _copied(like) if like is not None and _kind(like) == _kind(path) else None
+        packed = path.name.endswith(".gz")
+        copied = _copied(like, packed) if like is not None and _kind(like) == _kind(path) else None
         if copied is not None:
             aside.write_bytes(copied(np.ascontiguousarray(array)))
         else:
@@ -282,11 +294,15 @@ def _write_itk(path: Path, array: NDArray[np.uint8], place: Place, like: Path | 
     sitk.WriteImage(image, str(path), useCompression=True)
 
 
-def _copied(like: Path) -> Callable[[NDArray[np.uint8]], bytes] | None:
-    """How to write an array under the header of another file; None if that header is of a kind we do not take over."""
-    with (gzip.open if like.name.endswith(".gz") else open)(like, "rb") as file:
+def _copied(like: Path, packed: bool) -> Callable[[NDArray[np.uint8]], bytes] | None:
+    """How to write an array under the header of another file; None if that header is of a kind we do not take over.
+
+    Whether `like` is compressed shows in its first bytes and not, for sure, in its name.
+    """
+    with like.open("rb") as file:
         head = file.read(1 << 16)
-    packed = like.name.endswith(".gz")
+    if head.startswith(b"\x1f\x8b"):
+        head = zlib.decompressobj(31).decompress(head, 1 << 16)
     if head[344:348] == b"n+1\0" and 348 in (order := struct.unpack("<i", head[:4]) + struct.unpack(">i", head[:4])):
         return lambda array: _nifti(head[:348], "<" if order[0] == 348 else ">", array, packed)
     if head.startswith(b"NRRD") and b"\n\n" in head and b"data file:" not in head:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Window(Settings):
     overlap: float = Field(0.5, ge=0, lt=1, description="share of a window that its neighbour sees again")
     batch_size: int = Field(8, ge=1, description="windows that go through the model at a time")
     mirror: bool = Field(False, description="mean over the four mirrored images: four times the work")
-    precision: str = Field("fp32", pattern="^(fp32|bf16)$", description="bf16: matrix products in bfloat16")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products in bfloat16")
 
 
 def predict_volume(

@@ -95,7 +95,7 @@ def save_model(path: Path, model: nn.Module, header: Header, write: bool = True)
 
     With a model spread over ranks all must call this, one of them with `write`.
     """
-    weights = {name: _plain(tensor) for name, tensor in _weights(model).items()}
+    weights = {name: _plain(tensor) for name, tensor in model.state_dict().items()}
     if not write:
         return
     write_weights(path, weights, {"format": FORMAT, "header": header.model_dump_json()})
@@ -121,16 +121,12 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Segmenta
     with torch.device("meta"):
         model = build(build_vit(header.vit), header.decoder, len(header.values))
     model = model.to_empty(device=device)
-    expected = _weights(model)
+    expected = model.state_dict()
     wrong = sorted(set(weights) ^ set(expected)) or [n for n, t in weights.items() if t.shape != expected[n].shape]
     if wrong:
         raise ModelError(f"{path}: weights and header do not agree on {wrong[:5]}; export the model again")
     model.load_state_dict(weights)
     return model.eval(), header
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.state_dict())
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from pydantic import Field
 
 from data_curation.volumes import Found, VolumeError, find
 from downstream import geometry
-from downstream.cases import CaseError, case_name
+from downstream.cases import KINDS, CaseError, case_name, file_ending
 from downstream.inference import Window, predict_volume
 from downstream.model import Header, SegmentationModel, load_model
 from launch import settings as base
@@ -42,7 +43,7 @@ def main(settings: Settings) -> Outcome:
     """Predicts every image; with several ranks each takes its share. Not ok if nothing could be predicted."""
     images = named(settings.images)
     if not images:
-        raise CaseError(f"{settings.images}: no image; .nii, .nii.gz, .nrrd, .mha, .mhd and DICOM are read")
+        raise CaseError(f"{settings.images}: no image; {', '.join(KINDS)} and DICOM are read")
     with world(settings.device) as here:
         model, header = load_model(settings.model, here.device)
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -96,16 +97,18 @@ def predict_image(model: SegmentationModel, header: Header, found: Found, path: 
 
 def ending(found: Found) -> str:
     """Ending of the label map: the image's, where it can hold it in one file."""
-    name = found.path.name.lower()
     if found.kind == "nrrd":
         return ".nrrd"
     if found.kind == "metaimage":
         return ".mha"
-    return ".nii" if name.endswith(".nii") and found.kind == "nifti" else ".nii.gz"
+    return ".nii" if file_ending(found.path).lower() == ".nii" and found.kind == "nifti" else ".nii.gz"
 
 
 def named(images: Path) -> dict[str, Found]:
-    """Case name -> image, of everything below a folder; below sub-folders these come first in the name."""
+    """Case name -> image, of everything below a folder; below sub-folders these come first in the name.
+
+    Images that would have one name get a number each, in the order of their files, and none takes another's name.
+    """
     if images.is_file():
         listed: Sequence[tuple[str, Found]] = [(case_name(images), geometry.found_at(images))]
     elif images.is_dir():
@@ -113,11 +116,13 @@ def named(images: Path) -> dict[str, Found]:
     else:
         raise CaseError(f"{images} is not there; images= is a folder of images, or one image")
     times = Counter(name for name, _ in listed)
-    seen: Counter[str] = Counter()
+    taken = {name for name, count in times.items() if count == 1}
     found_by_name = {}
     for name, found in listed:
-        seen[name] += 1
-        found_by_name[f"{name}_{seen[name]}" if times[name] > 1 else name] = found
+        if times[name] > 1:
+            name = next(free for n in itertools.count(1) if (free := f"{name}_{n}") not in taken)
+            taken.add(name)
+        found_by_name[name] = found
     return found_by_name
 
 

@@ -1,7 +1,8 @@
 """Cases made ready for training and kept in the run folder: int16 HU and class indices on the training grid.
 
-A case is one `.npz` whose members are single compressed slices, so that a patch costs one slice and not one volume.
-Files appear by rename; a file is used again if the settings, the image and the label are those it was made from.
+A case is one safetensors file that holds its slices back to back, each compressed by itself: a patch costs one slice,
+however many there are. Files appear by rename; a file is used again if the settings, the image and the label (with the
+voxels beside a header) are those it was made from.
 Intensities are not normalised here: the window may be one of the data set, known only when all cases have been seen.
 """
 
@@ -18,11 +19,12 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch.nn import functional
 
 from data_curation.volumes import VolumeError
@@ -33,7 +35,7 @@ from pretrain.data.window import HuWindow
 
 __all__ = ["Prepared", "dataset_window", "prepare", "prepare_case", "resample", "target_size"]
 
-VERSION = 1  # of the files; another one makes old files be made anew
+VERSION = 2  # of the files; another one makes old files be made anew
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Prepared:
     """One case: where its slices are, their spacing (z, y, x) in mm, and what is in them.
 
     `counts` [Z, classes]: pixels of each class in each slice. `histogram`: HU -> voxels of foreground, native grid.
+    `bounds` [Z + 1]: where each slice starts and ends among the file's compressed bytes.
     """
 
     name: str
@@ -49,18 +52,31 @@ class Prepared:
     spacing: tuple[float, float, float]
     counts: NDArray[np.int64]
     histogram: Mapping[int, int]
+    bounds: NDArray[np.int64]
     notes: tuple[str, ...] = ()
 
     def slice(self, z: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-        """HU and class indices [Y, X] of one slice."""
-        with np.load(self.path) as members:
-            return members[f"hu_{z}"], members[f"label_{z}"]
+        """HU and class indices [Y, X] of one slice. CaseError if the file was damaged meanwhile."""
+        with safe_open(self.path, framework="np") as file:
+            return self._unpacked(file, z)
 
     def volume(self) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-        """HU and class indices [Z, Y, X]."""
-        with np.load(self.path) as members:
-            pairs = [(members[f"hu_{z}"], members[f"label_{z}"]) for z in range(self.shape[0])]
+        """HU and class indices [Z, Y, X]. CaseError if the file was damaged meanwhile."""
+        with safe_open(self.path, framework="np") as file:
+            pairs = [self._unpacked(file, z) for z in range(self.shape[0])]
         return np.stack([hu for hu, _ in pairs]), np.stack([label for _, label in pairs])
+
+    def _unpacked(self, file: Any, z: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+        import imagecodecs
+
+        pixels = self.shape[1] * self.shape[2]
+        packed = file.get_slice("slices")[int(self.bounds[z]) : int(self.bounds[z + 1])]
+        try:
+            raw = imagecodecs.deflate_decode(packed.tobytes(), out=3 * pixels)  # proves a checksum
+        except RuntimeError as fault:
+            raise CaseError(f"{self.path}: slice {z} is damaged ({fault}); delete the file and start again") from None
+        hu, label = np.frombuffer(raw, np.int16, pixels), np.frombuffer(raw, np.uint8, pixels, 2 * pixels)
+        return hu.reshape(self.shape[1:]), label.reshape(self.shape[1:])
 
 
 def prepare(
@@ -95,7 +111,7 @@ def _try(case: RawCase, labels: Labels, spacing: float | None, folder: Path) -> 
 def prepare_case(case: RawCase, labels: Labels, spacing: float | None, folder: Path) -> Prepared:
     """One case from its files, or from `folder` where it lies ready. CaseError, VolumeError: what is wrong with it."""
     key = _key(case, labels, spacing)
-    path = folder / f"{case.name}.npz"
+    path = folder / f"{case.name}.safetensors"
     ready = _ready(case.name, path, key)
     if ready is not None:
         return ready
@@ -116,20 +132,34 @@ def prepare_case(case: RawCase, labels: Labels, spacing: float | None, folder: P
     if geometry.difference(own, scan.place):
         notes.append("the label lies on another grid: nearest voxel by position")
     about = {"key": key, "shape": hu.shape, "spacing": spaced, "notes": notes, "histogram": list(histogram.items())}
-    members: dict[str, Any] = {"about": np.array(json.dumps(about)), "counts": counts}
-    for index in range(len(hu)):
-        members |= {f"hu_{index}": hu[index], f"label_{index}": classes[index]}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    bounds = _write(path, hu, classes, counts, about)
+    return Prepared(case.name, path, hu.shape, spaced, counts, histogram, bounds, tuple(notes))
+
+
+def _write(
+    path: Path, hu: NDArray[np.int16], classes: NDArray[np.uint8], counts: NDArray[np.int64], about: Mapping[str, Any]
+) -> NDArray[np.int64]:
+    """The bounds of the slices in the file, which appears whole or not at all."""
+    import imagecodecs
+
+    packed = [
+        imagecodecs.deflate_encode(plane.tobytes() + label.tobytes(), 4)
+        for plane, label in zip(hu, classes, strict=True)
+    ]
+    bounds = np.cumsum([0, *map(len, packed)], dtype=np.int64)
+    tensors = {"bounds": bounds, "counts": counts, "slices": np.frombuffer(b"".join(packed), np.uint8)}
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        np.savez_compressed(aside, **members)
+        save_file(tensors, aside, {"about": json.dumps(about)})
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    return Prepared(case.name, path, hu.shape, spaced, counts, histogram, tuple(notes))
+    return bounds
 
 
 def _key(case: RawCase, labels: Labels, spacing: float | None) -> str:
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (case.image, case.label)]
+    paths = [path for one in (case.image, case.label) for path in geometry.found_at(one).files]
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     text = json.dumps([VERSION, files, list(labels.values), spacing])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -139,15 +169,16 @@ def _ready(name: str, path: Path, key: str) -> Prepared | None:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file, np.load(file) as members:
-            about, counts = json.loads(str(members["about"])), members["counts"]
-    except (OSError, ValueError, KeyError, BadZipFile):  # a damaged file is made again
+        with safe_open(path, framework="np") as file:
+            about = json.loads(file.metadata()["about"])
+            bounds, counts = file.get_tensor("bounds"), file.get_tensor("counts")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # a damaged file is made again
         return None
     if about["key"] != key:
         return None
     histogram = {int(value): int(count) for value, count in about["histogram"]}
     shape, spacing = tuple(about["shape"]), tuple(about["spacing"])
-    return Prepared(name, path, shape, spacing, counts, histogram, tuple(about["notes"]))
+    return Prepared(name, path, shape, spacing, counts, histogram, bounds, tuple(about["notes"]))
 
 
 def _classes(case: RawCase, labels: Labels, array: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -31,7 +31,9 @@ class PatchSettings(base.Settings):
 
     size: int = Field(512, ge=1, description="side of a patch, px")
     batch_size: int = Field(12, ge=1, description="patches a step, on all ranks together")
-    foreground: float = Field(0.33, ge=0, le=1, description="share of a batch that is sure to hold foreground")
+    foreground: float = Field(
+        0.33, ge=0, le=1, description="share of a batch that is sure to hold foreground, if its case has any"
+    )
     workers: int = Field(4, ge=1, description="threads that read and cut patches, on each rank")
     ahead: int = Field(3, ge=1, description="batches made in advance")
 

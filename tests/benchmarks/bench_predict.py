@@ -1,7 +1,8 @@
 """How much of the time of a prediction is the network: `python tests/benchmarks/bench_predict.py [key=value ...]`.
 
-The limit is the network's forward pass alone on the very windows that the sliding window cuts, in the same process.
-Prints slices/s of both and their ratio; everything but the network (resampling, window, blending, argmax) is the rest.
+The limit is the network's forward pass alone in the same process: as many windows of the same size as the sliding
+window cuts, filled with noise and always in full batches. Prints slices/s of both and their ratio; everything but the
+network (resampling, window, blending, argmax) is the rest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -34,7 +36,7 @@ class Bench(Settings):
     classes: int = 12
     size: str = "ti"
     device: str = "cpu"
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: int = 8
     repeats: int = 3
 

@@ -181,6 +181,41 @@ def test_the_cache_is_used_checked_and_repaired(folder: Path, tmp_path: Path) ->
     assert not list(tmp_path.glob(".*"))
 
 
+def test_new_voxels_beside_an_old_header_are_seen(folder: Path, tmp_path: Path) -> None:
+    describe(folder, file_ending=".mhd")
+    header = folder / "imagesTr/case_0_0000.mhd"
+    write(header, arrays(0)[0])
+    write(folder / "labelsTr/case_0.mhd", arrays(0)[1])
+    for voxels, text in (("case_0_0000.zraw", None), ("deep er/other.raw", "ElementDataFile = deep er/other.raw\n")):
+        if text:  # not compressed, and called otherwise than the header
+            kept = [line for line in header.read_text().splitlines(True) if "Compressed" not in line]
+            header.write_text("".join(kept[:-1]) + text)
+            (header.parent / voxels).parent.mkdir()
+            (header.parent / voxels).write_bytes(arrays(0)[0].tobytes())
+        (case,) = [one for one in open_dataset(folder).cases if one.name == "case_0"]
+        labels = open_dataset(folder).labels
+        assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0], arrays(0)[0])
+        shutil.copy2(header, tmp_path / "header")
+        if not text:
+            write(header, arrays(1)[0])
+        else:
+            (header.parent / voxels).write_bytes(arrays(1)[0].tobytes())
+        shutil.copy2(tmp_path / "header", header)  # with its time
+        assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0], arrays(1)[0])
+
+
+def test_a_slice_damaged_after_the_start_is_named(folder: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(folder)
+    case = prepare_case(dataset.cases[0], dataset.labels, None, tmp_path)
+    raw = bytearray(case.path.read_bytes())
+    start = raw.index(raw[-int(case.bounds[-1]) :]) + int(case.bounds[3])
+    raw[start + 20] ^= 1
+    case.path.write_bytes(raw)
+    assert np.array_equal(case.slice(2)[0], arrays(0)[0][2])
+    with pytest.raises(CaseError, match=r"case_0\.safetensors: slice 3 is damaged"):
+        case.slice(3)
+
+
 def test_the_dataset_window_is_nnunets(folder: Path, tmp_path: Path) -> None:
     dataset = open_dataset(folder)
     window = dataset_window(prepare(dataset.cases, dataset.labels, None, tmp_path, active=False))
@@ -249,10 +284,28 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
         ("amos_0001.nii.gz", "amos_0001"),
         ("dicom", "dicom"),
         ("a.mha", "a"),
+        ("a.nhdr", "a"),
+        ("a_0000.NII.GZ", "a"),
+        ("A.Mha", "A"),
+        ("deep/a.hdr", "a"),
     ],
 )
 def test_case_names(name: str, case: str) -> None:
     assert case_name(Path(name)) == case
+
+
+def test_the_folder_one_stands_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "patient/series").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "patient/series")
+    assert case_name(Path(".")) == "series"
+    assert case_name(Path("..")) == "patient"
+    assert case_name(Path("/"))
+
+
+def test_endings_in_capitals_are_paired_too(folder: Path) -> None:
+    for path in [*(folder / "imagesTr").iterdir(), *(folder / "labelsTr").glob("case_0*")]:
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    assert [case.name for case in open_dataset(folder).cases] == ["case_0", "case_1", "case_2"]
 
 
 def test_a_real_label_on_another_grid(real_ct: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from downstream.inference import Window, predict_volume
 from downstream.model import ModelError, SegmentationModel, load_model, save_model
 from downstream.prepared import prepare
 from downstream.segmentation import Patches, PatchSettings, batches, sample
+from downstream.validation import validate
 from launch.distributed import World
 from launch.settings import dump, load
 from pretrain.data.window import HuWindow
@@ -156,6 +157,44 @@ def test_frozen_backbone_stays_and_decoder_moves(trained: Path, dataset: Path, t
         assert torch.equal(tensor, found[name]) == name.startswith("backbone."), name
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_frozen_backbone_skips_no_branch(dataset: Path, tmp_path: Path, freeze: bool) -> None:
+    given = settings(tmp_path, dataset, freeze_backbone=freeze, drop_path=0.3)
+    model, _ = finetune._model(given, open_dataset(dataset), cached(dataset, tmp_path))
+    assert {block.drop_path for block in model.backbone.blocks} == {0.0 if freeze else 0.3}
+
+
+@pytest.mark.parametrize(("every", "looks"), [(3, 2), (4, 2), (0, 1)])
+def test_the_last_validation_is_done_once(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, looks: int
+) -> None:
+    calls = []
+    monkeypatch.setattr(finetune, "validate", lambda *given: calls.append(1) or validate(*given))
+    finetune.main(settings(tmp_path, dataset, validate_every=every))
+    assert len(calls) == looks
+    found = json.loads((tmp_path / "validation.json").read_text())
+    model, header = load_model(tmp_path / "model.safetensors")
+    (case,) = [case for case in cached(dataset, tmp_path) if case.name in found["cases"]]
+    again = validate(model, header, [case], Window(), ALONE).means()
+    assert found["step"] == 6
+    assert found["dice"]["mean"]["mean"] == again["mean"]
+
+
+def test_a_rank_with_a_bad_case_keeps_no_other_waiting(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dataset, tmp_path / "data")
+    bad = sorted((tmp_path / "data/labelsTr").iterdir())[1]
+    bad.write_bytes(b"")
+    waited = []
+    monkeypatch.setattr(finetune, "barrier", lambda: waited.append(1))
+    for rank in range(2):
+        here = World(rank, 2, rank, torch.device("cpu"))
+        with pytest.raises(CaseError, match=rf"1 of 4 cases cannot be used:\n.*{bad.name}"):
+            finetune._prepared(open_dataset(tmp_path / "data"), settings(tmp_path / "run", tmp_path / "data"), here)
+        assert len(waited) == rank + 1
+
+
 def cached(dataset: Path, folder: Path) -> list[Any]:
     opened = open_dataset(dataset)
     return prepare(opened.cases, opened.labels, None, folder / "cache", active=False)
@@ -190,9 +229,11 @@ def test_a_batch_depends_on_seed_and_step_only(dataset: Path, tmp_path: Path) ->
 def test_forced_patches_hold_foreground(dataset: Path, tmp_path: Path) -> None:
     cases = cached(dataset, tmp_path)
     take = PatchSettings(size=8, batch_size=2, foreground=0.5)
-    found = [bool((sample(cases, take, off(), HuWindow(), 0, index)[1] > 0).any()) for index in range(60)]
-    assert all(found[1::2])
-    assert not all(found[0::2])
+    turned = off().model_copy(update={"rotate_p": 1.0, "scale_p": 1.0})
+    for augmentation in (off(), turned):
+        found = [bool((sample(cases, take, augmentation, HuWindow(), 0, index)[1] > 0).any()) for index in range(60)]
+        assert all(found[1::2])
+        assert not all(found[0::2])
 
 
 def test_prediction_keeps_geometry_resumes_and_reports(trained: Path, dataset: Path, tmp_path: Path) -> None:
@@ -290,41 +331,6 @@ def test_a_model_comes_back_as_it_was_written(trained: Path) -> None:
     stored = load_file(trained / "model.safetensors")
     assert isinstance(model, SegmentationModel)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
-
-
-def test_evaluation_of_perfect_empty_and_odd_predictions(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    labels, predictions = dataset / "labelsTr", tmp_path / "predictions"
-    shutil.copytree(labels, predictions)
-    given = evaluate.Settings(folder=tmp_path / "scores", predictions=predictions, labels=labels, draws=50)
-    assert evaluate.main(given).ok
-    summary = json.loads((tmp_path / "scores/summary.json").read_text())
-    assert summary["organs"]["liver"]["dice"]["mean"] == 1.0
-    assert summary["organs"]["mean"]["hd95"]["mean"] == 0.0
-    names = sorted(path.name for path in predictions.iterdir())
-    first, second, third = (sitk.ReadImage(str(predictions / name)) for name in names[:3])
-    sitk.WriteImage(first * 0, str(predictions / names[0]))
-    second.SetOrigin([v + 3 for v in second.GetOrigin()])
-    sitk.WriteImage(second, str(predictions / names[1]))
-    sitk.WriteImage(third * 5, str(predictions / names[2]))
-    (predictions / names[3]).rename(predictions / "extra.nii.gz")
-    assert not evaluate.main(given).ok
-    summary = json.loads((tmp_path / "scores/summary.json").read_text())
-    liver = summary["organs"]["liver"]
-    assert (liver["dice"]["mean"], liver["nsd"]["mean"], liver["hd95"]["mean"], liver["lost"]) == (0.0, 0.0, None, 1)
-    printed = capsys.readouterr().out
-    assert f"left out: {names[1].removesuffix('.nii.gz')}" in printed
-    assert "different grids: origin" in printed
-    assert "holds label values [5, 10]" in printed
-    assert "1 without label: extra" in printed
-    rows = (tmp_path / "scores/metrics.csv").read_text().splitlines()
-    assert rows[0] == "case,organ,dice,nsd,hd95_mm"
-    assert rows[1].endswith(",liver,0,0,inf")
-    shutil.rmtree(predictions)
-    predictions.mkdir()
-    with pytest.raises(CaseError, match="no case in common"):
-        evaluate.main(given)
 
 
 def test_evaluation_takes_the_names_from_the_model(trained: Path, dataset: Path, tmp_path: Path) -> None:

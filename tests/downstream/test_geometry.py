@@ -15,8 +15,8 @@ from scipy.spatial.transform import Rotation
 
 from data_curation.grid import Grid
 from data_curation.grid import to_lps as reader_to_lps
-from data_curation.volumes import find, read
-from downstream.cases import CaseError
+from data_curation.volumes import VolumeError, find, read
+from downstream.cases import KINDS, CaseError, case_name
 from downstream.geometry import (
     Place,
     align,
@@ -131,6 +131,36 @@ def test_big_endian_nifti_keeps_its_byte_order(tmp_path: Path) -> None:
     write_labelmap(target, np.full((6, 5, 4), 3, np.uint8), place(np.eye(3)), like=source)
     assert geometry(target) == geometry(source)
     assert (read_labelmap(target).array == 3).all()
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.NII.GZ", "a_0000.Nii"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_nifti_is_known_by_its_bytes_and_the_label_fits_its_own_name(tmp_path: Path, name: str, packed: bool) -> None:
+    source = tmp_path / name
+    sitk.WriteImage(image(np.eye(3), np.zeros((6, 5, 4), np.int16)), str(tmp_path / "b.nii"))
+    raw = (tmp_path / "b.nii").read_bytes()
+    source.write_bytes(gzip.compress(raw) if packed else raw)
+    scan = read_scan(found_at(source))
+    target = tmp_path / (case_name(source) + "_label" + ending(found_at(source)))
+    write_labelmap(target, np.full((6, 5, 4), 3, np.uint8), scan.own, like=source)
+    written = target.read_bytes()
+    assert target.name in ("a_label.nii", "a_label.nii.gz")
+    assert written.startswith(b"\x1f\x8b") == target.name.endswith(".gz")
+    assert (gzip.decompress(written) if target.name.endswith(".gz") else written)[252:328] == raw[252:328]
+    assert geometry(target) == geometry(tmp_path / "b.nii")
+
+
+def test_every_kind_of_file_that_is_found_in_a_folder_is_known_by_its_name(tmp_path: Path) -> None:
+    for ending_ in KINDS:
+        (tmp_path / f"a{ending_}").touch()
+        (tmp_path / f"B_0000{ending_.upper()}").touch()
+    listed = list(find(tmp_path))
+    assert len(listed) == 2 * len(KINDS)
+    for found in listed:
+        assert found_at(found.path).kind == found.kind
+        assert case_name(found.path) in ("a", "B")
+    with pytest.raises(VolumeError, match=r"\.nii\.gz, \.nii, .*\.nhdr"):
+        found_at(tmp_path / "a.png")
 
 
 def test_differences_are_named() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from pydantic import BaseModel
 
+from downstream import finetune
 from downstream.augment import Augmentation, Placement, cut, distort, off, place
 from downstream.decoders import linear
 from downstream.finetune import Settings
 from downstream.model import build
 from downstream.segmentation import Patches, Segmentation, parameter_groups
-from launch.settings import find, load
+from launch.settings import SettingsError, find, load
 from pretrain.models.vit import VitSettings
 from pretrain.models.vit import build as build_vit
 
@@ -69,6 +74,47 @@ def test_a_placement_stays_inside_and_holds_its_pixel(size: int) -> None:
             assert (size >= side and middle == side / 2) or size / 2 <= middle <= side - size / 2
 
 
+@pytest.mark.parametrize("size", [8, 15, 16, 48, 64])
+@pytest.mark.parametrize("chances", [{"rotate_p": 1}, {"scale_p": 1}, {"rotate_p": 1, "scale_p": 1, "scale": (0.2, 5)}])
+def test_a_turned_and_scaled_patch_holds_its_pixel_too(size: int, chances: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    settings = off().model_copy(update=chances)
+    for _ in range(300):
+        y, x = int(rng.integers(40)), int(rng.integers(60))
+        marked = np.zeros((40, 60), np.uint8)
+        marked[y, x] = 1
+        where = place(rng, settings, (40, 60), size, (y, x))
+        image, label = cut(HU, marked, size, where)
+        assert label.any(), f"{where} misses {y, x}"
+        at = tuple(label.nonzero()[0].tolist())
+        if where.scale < 1:  # the only sample of its pixel, so its very middle
+            assert image[at] == pytest.approx(HU[y, x], abs=1)
+
+
+def test_an_enlarged_pixel_lies_anywhere_in_the_patch() -> None:
+    """A patch moved by no more than is needed would have half of such pixels on its border."""
+    settings = off().model_copy(update={"rotate_p": 1.0, "scale_p": 1.0, "scale": (2.0, 2.0)})
+    marked = np.zeros((200, 200), np.uint8)
+    marked[100, 100] = 1
+    image = marked.astype(np.int16)
+    on_border = 0
+    for seed in range(200):
+        where = place(np.random.default_rng(seed), settings, (200, 200), 32, (100, 100))
+        label = cut(image, marked, 32, where)[1]
+        on_border += int(label.sum() > label[2:-2, 2:-2].sum())
+    # An even draw has 1 - (28 / 32)^2 = 23 % of its pixels within 2 px of a border, corners turned inside some more.
+    assert on_border < 90
+
+
+@pytest.mark.parametrize("name", ["scale", "blur_sigma", "brightness", "contrast", "coarse", "gamma"])
+@pytest.mark.parametrize("limits", ["[1.4, 0.7]", "[0, 1]", "[-1, 1]", "[.nan, 1]", "[1, .inf]"])
+def test_a_range_the_wrong_way_round_is_refused_where_it_stands(tmp_path: Path, name: str, limits: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"folder: run\ndataset: data\naugmentation:\n  {name}: {limits}\n")
+    with pytest.raises(SettingsError, match=rf"augmentation\.{name}: .*needs 0 < low <= high, got .*a\.yaml:4"):
+        load(Settings, path)
+
+
 def test_distortions_follow_the_seed_and_leave_a_finite_patch() -> None:
     patch = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
     chances = {name: 1.0 for name in Augmentation.model_fields if name.endswith("_p")}
@@ -109,7 +155,30 @@ def test_two_rates_and_no_group_for_what_is_frozen() -> None:
     assert counted == sum(p.numel() for p in made.exported().decoder.parameters())
 
 
-@pytest.mark.parametrize("name", ["amos22", "btcv", "kits23", "lits", "smoke_finetune"])
+CONFIGS = sorted(path.stem for path in (Path(finetune.__file__).parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packaged_config_says_only_what_differs_in_lines_that_can_be_read(name: str) -> None:
+    text = find(f"{name}.yaml").read_text()
+    assert max(map(len, text.splitlines())) <= 120
+    assert not repeated(yaml.safe_load(text), Settings)
+
+
+def repeated(given: dict[str, Any], model: type[BaseModel]) -> list[str]:
+    """Keys of a YAML that hold the default."""
+    found = []
+    for key, value in given.items():
+        default = model.model_fields[key].get_default(call_default_factory=True) if key != "base" else None
+        if isinstance(default, BaseModel):
+            same = getattr(default, "kind", None) == value.pop("kind", None)
+            found += [f"{key}.{name}" for name in repeated(value, type(default))] if same else []
+        elif key != "base" and default == (tuple(value) if isinstance(value, list) else value):
+            found.append(key)
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_packaged_configs_are_found_by_name_and_valid(name: str) -> None:
     found = load(Settings, find(f"{name}.yaml"), ["folder=run", "dataset=data"])
     assert found.patches.size % found.model.patch_size == 0
