@@ -73,7 +73,7 @@ def alike(
     """Every pair of volumes that are the same scan or parts of it, ordered by `first` and `second`.
 
     `codes` and `doubts` are those of all slices of each volume in the order of z, and `thumbs(i)` loads the thumbnails
-    [S, 32, 32] of volume i; it is called only for volumes that a code proposes.
+    [S, 32, 32] of volume i; it is called only for volumes that the codes leave in question.
     """
     rules = rules or Rules()
 
@@ -83,6 +83,8 @@ def alike(
 
     found = []
     for first, second, hits in _proposed(codes, doubts, rules):
+        if _far(codes[first], codes[second], rules):
+            continue
         one = _compare(_Signs(rows(first), codes[first]), _Signs(rows(second), codes[second]), hits, rules)
         if one is not None:
             correlation, turn, same = one
@@ -234,6 +236,12 @@ def _hits(table: _Table, chosen: NDArray[np.int64], volumes: int) -> tuple[NDArr
     new = np.ones(len(pair), bool)
     new[1:] = (pair[1:] != pair[:-1]) | (place[1:] != place[:-1]).any(1)
     return pair[new], place[new]
+
+
+def _far(first: NDArray[np.uint64], second: NDArray[np.uint64], rules: Rules) -> bool:
+    """Whether the codes alone, in whatever order, rule out what `_compare` asks of them; saves loading thumbnails."""
+    small, large = sorted((first[first != 0], second[second != 0]), key=len)
+    return float(np.median(np.bitwise_count(small[:, None] ^ large).min(1))) > rules.distance
 
 
 def _compare(

@@ -116,11 +116,16 @@ def test_different_patients_are_not_tied(patients: list[Hu]) -> None:
     assert [(one.first, one.second) for one in found] == [(2 * i, 2 * i + 1) for i in range(len(patients))]
 
 
-def test_the_margin_between_patients(patients: list[Hu]) -> None:
-    """With codes of 16 bits nearly all pairs are compared; even then the thumbnails keep patients apart."""
+def test_thumbnails_alone_keep_patients_apart(patients: list[Hu]) -> None:
+    """With codes of 16 bits nearly all pairs are proposed."""
     signs = Signs(*patients)
-    assert signs.alike(Rules(bits=16, crowd=1000, correlation=0.87, distance=8)) == []
+    assert signs.alike(Rules(bits=16, crowd=1000, correlation=0.87, distance=63)) == []
     assert len(signs.loaded) == len(patients)
+
+
+def test_codes_alone_keep_patients_apart(patients: list[Hu]) -> None:
+    signs = Signs(*patients)
+    assert signs.alike(Rules(bits=16, crowd=1000, correlation=0.0, same=0.5, distance=8)) == []
 
 
 def test_only_what_the_first_one_has_is_the_same(patients: list[Hu]) -> None:
