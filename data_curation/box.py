@@ -1,14 +1,15 @@
 """The part of a slice that shows the patient, so that air and couch are not stored.
 
 A third of the pixels of a CT slice lie outside it. The rule sees the slice in blocks of about 3 mm: a block is body
-where its samples all exceed -500 HU, which passes over the thin shells of couches, cables and noise, and every group
-of at least `PARTS` such blocks counts, so that arms, hands and feet beside the trunk are kept. What lies outside the
-box is measured on every slice (`outside_max`, `outside_body` of the index).
+where its samples, and those of its four neighbours, all exceed -500 HU. That passes over the shells of couches, cables
+and noise. Every group of at least `PARTS` such blocks counts, so that arms, hands and feet beside the trunk are kept.
+What lies outside the box is measured on every slice (`outside_max`, `outside_body` of the index).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ __all__ = ["BODY_HU", "Box", "body_box", "outside"]
 
 BODY_HU = -500  # above: soft tissue, bone, fat, blood; below: air and most of the lung
 BLOCK_MM = 3.0
-PARTS = 4  # blocks: 36 mm2, less than the cross-section of a finger
+PARTS = 4  # blocks that are left of a part: about 15 mm across, a finger
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Box:
         return plane[self.y : self.y + self.height, self.x : self.x + self.width]
 
 
-def body_box(plane: NDArray[np.int16], spacing: tuple[float, float], margin_mm: float) -> Box:
-    """The box around all parts of the patient in a slice [Y, X] of `spacing` (y, x) mm, and `margin_mm` around it.
+def body_box(plane: NDArray[np.int16], spacing: tuple[float, float], margin_mm: float) -> tuple[Box, Box]:
+    """The box around all parts of the patient in a slice [Y, X] of `spacing` (y, x) mm, and `margin_mm` around it;
+    and the box around the parts that are not small against the largest one, without a margin.
 
     The whole slice where no part is found.
     """
@@ -44,16 +46,25 @@ def body_box(plane: NDArray[np.int16], spacing: tuple[float, float], margin_mm: 
 
     height, width = plane.shape
     steps = [min(4, n, max(1, round(BLOCK_MM / side))) for n, side in zip(plane.shape, spacing, strict=True)]
-    labels, found = ndimage.label(_sampled(plane, *steps) > BODY_HU)
+    solid = np.pad(_sampled(plane, *steps) > BODY_HU, 1)
+    core = solid[1:-1, 1:-1] & solid[:-2, 1:-1] & solid[2:, 1:-1] & solid[1:-1, :-2] & solid[1:-1, 2:]
+    labels, found = ndimage.label(core)
     sizes = np.bincount(labels.ravel(), minlength=found + 1)
     sizes[0] = 0
-    body = (sizes >= PARTS)[labels]
+    if sizes.max() < PARTS:
+        return Box(0, 0, height, width), Box(0, 0, height, width)
+    # A block at the edge of a part was worn off, and may have one sample outside it.
+    margins = [math.ceil(margin_mm / side) + 2 * step - 1 for step, side in zip(steps, spacing, strict=True)]
+    every = _around((sizes >= PARTS)[labels], steps, margins, plane.shape)
+    return every, _around((sizes >= sizes.max() / 5)[labels], steps, steps, plane.shape)
+
+
+def _around(
+    blocks: NDArray[np.bool_], steps: Sequence[int], margins: Sequence[int], shape: tuple[int, ...]
+) -> Box:
     ends = []
-    for axis, (step, side, whole) in enumerate(zip(steps, spacing, (height, width), strict=True)):
-        places = np.flatnonzero(body.any(1 - axis))
-        if not places.size:
-            return Box(0, 0, height, width)
-        margin = math.ceil(margin_mm / side) + step - 1  # a block at the edge of a part may have one sample outside it
+    for axis, (step, margin, whole) in enumerate(zip(steps, margins, shape, strict=True)):
+        places = np.flatnonzero(blocks.any(1 - axis))
         ends.append((max(0, int(places[0]) * step - margin), min(whole, (int(places[-1]) + 1) * step + margin)))
     (top, bottom), (left, right) = ends
     return Box(top, left, bottom - top, right - left)

@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CODE_BITS", "HIGH_HU", "LOW_HU", "SIDE", "Sign", "body_box", "sign"]
+__all__ = ["CODE_BITS", "HIGH_HU", "LOW_HU", "SIDE", "Sign", "shown", "sign"]
 
 SIDE = 32  # cells of a thumbnail along each axis
 LOW_HU, HIGH_HU = -150, 250
@@ -46,7 +46,7 @@ class Sign:
 
 
 def sign(hu: NDArray[np.int16]) -> Sign:
-    """The sign of one slice, int16 [Y, X] of any strides, already cropped to `body_box`.
+    """The sign of one slice, int16 [Y, X] of any strides, already cropped to what it has `shown`.
 
     The same for all eight flips and quarter turns but for rounding, except that the thumbnail turns with the slice.
     """
@@ -59,37 +59,19 @@ def sign(hu: NDArray[np.int16]) -> Sign:
     return Sign(thumb, *_code(thumb))
 
 
-def body_box(hu: NDArray[np.int16]) -> tuple[slice, slice]:
-    """Rows and columns of hu [Y, X] that hold the body: everything in one piece and large, above -150 HU.
-
-    A table, tubes and clothes are too thin, or too small against the body. An empty box (slices of length 0) where
-    there is no body.
+def shown(hu: NDArray[np.int16]) -> NDArray[np.int16]:
+    """The part [y, x] of a slice that counts, of hu [Y, X] already cropped by data_curation.box: rows and columns that
+    are body for at least a 25th of their length, so that a table top or a margin of air does not shift the picture.
     """
-    from scipy import ndimage
-
-    step = max(1, min(hu.shape) // 128)  # about 3 mm: a chest wall is thicker, a table top thinner
-    coarse = np.pad(hu[step // 2 :: step, step // 2 :: step] > LOW_HU, 1)
-    core = coarse[1:-1, 1:-1] & coarse[:-2, 1:-1] & coarse[2:, 1:-1] & coarse[1:-1, :-2] & coarse[1:-1, 2:]
-    pieces, count = ndimage.label(core)
-    if count == 0:
-        return slice(0, 0), slice(0, 0)
-    sizes = np.bincount(pieces.ravel())[1:]
-    boxes = ndimage.find_objects(pieces)
-    large = [boxes[piece] for piece in np.flatnonzero(sizes >= sizes.max() / 5).tolist()]
-    near = []
-    for axis, length in enumerate(hu.shape):
-        low, high = min(box[axis].start for box in large), max(box[axis].stop for box in large)
-        near.append(slice(max(0, (low - 2) * step), min(length, (high + 2) * step)))
-    thin = max(1, step // 2)  # the edge is sought in every row, but not over every column of it
-    rows = _filled(hu[near[0], near[1]][:, ::thin], near[0].start)
-    columns = _filled(hu[near[0], near[1]][::thin].T, near[1].start)
-    return rows, columns
+    thin = max(1, min(hu.shape) // 128)  # the edge is sought in every row, but not over every column of it
+    rows, columns = _filled(hu[:, ::thin]), _filled(hu[::thin].T)
+    return hu[rows, columns]
 
 
-def _filled(hu: NDArray[np.int16], start: int) -> slice:
+def _filled(hu: NDArray[np.int16]) -> slice:
     """From the first to the last row that is body for at least a 25th of its length."""
     found = np.flatnonzero(np.add.reduce(hu > LOW_HU, axis=1, dtype=np.int32) > 0.04 * hu.shape[1]).tolist()
-    return slice(start + found[0], start + found[-1] + 1) if found else slice(0, 0)
+    return slice(found[0], found[-1] + 1) if found else slice(0, 0)
 
 
 def _cells(hu: NDArray[np.int16]) -> NDArray[np.float32]:

@@ -44,14 +44,15 @@ def make(
     noise_hu: float = 12.0,
     *,
     fov_mm: float | None = None,
+    centre_mm: float = 0.0,
     phase: str | None = None,
 ) -> Phantom:
     """The patient of this seed on a grid of `shape` and `spacing` (z, y, x).
 
     The anatomy depends on the seed alone and is laid out in mm, so another grid shows the same patient. `fov_mm` sets
     the in-plane spacing from the width of the field of view; `centre_mm` moves the middle slice to the head (0 is near
-    the first lumbar vertebra); `phase` is native, arterial or portal, else drawn; `padding` is the HU outside the
-    scanner's round field of view. Raises ValueError for a size or phase that cannot be.
+    the first lumbar vertebra); `phase` is native, arterial or portal, else drawn. Raises ValueError for a size or phase
+    that cannot be.
     """
     if min(shape) < 1 or min(spacing) <= 0 or noise_hu < 0 or (fov_mm is not None and fov_mm <= 0):
         raise ValueError(
@@ -66,7 +67,7 @@ def make(
     thick = max(8, SLAB // (shape[1] * shape[2]))
     for start in range(0, shape[0], thick):
         part = slice(start, start + thick)
-        hu[part], labels[part] = paint_patient(patient, z[part], y, x)
+        hu[part], labels[part] = paint_patient(patient, z[part] + centre_mm, y, x)
     if noise_hu:
         hu += _noise(seed, shape, spacing, noise_hu)
     whole = np.clip(np.rint(hu), -1024, 3071).astype(np.int16)

@@ -21,7 +21,7 @@ from data_curation.aside import aside, write_parquet
 from data_curation.catalogue import Case
 from data_curation.checks import Limits, Verdict, check, repair
 from data_curation.index import read_part, unreadable
-from data_curation.likeness import SIDE, body_box, sign
+from data_curation.likeness import SIDE, shown, sign
 from data_curation.settings import Terms
 from data_curation.slices import Slice, SliceRule, checksum, content, cut, encode, sha256
 from data_curation.volumes import Volume, VolumeError, read
@@ -157,7 +157,7 @@ def _encode(folder: Path, task: ScanTask, volume: Volume, left_out: dict[int, st
 
 
 def _row(one: Slice, data: bytes, at: int) -> dict[str, Any]:
-    likeness = sign(one.hu[body_box(one.hu)])
+    likeness = sign(shown(one.body))
     return {
         "z": one.z, "box_y": one.box.y, "box_x": one.box.x, "height": one.box.height, "width": one.box.width,
         "outside_max": one.outside_max, "outside_body": one.outside_body, "body_fraction": one.body_fraction,

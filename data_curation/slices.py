@@ -189,6 +189,7 @@ class Slice:
 
     z: int
     hu: NDArray[np.int16]  # [Y, X] of the box, C-contiguous
+    body: NDArray[np.int16]  # [Y, X] of the box around the large parts of the patient, a view
     box: Box  # where in the frame
     frame: tuple[int, int]  # rows and columns of the scan
     body_fraction: float  # share of the frame above BODY_HU
@@ -223,12 +224,15 @@ def cut(
                 left_out[z] = "between"
                 continue
             last = step
-        body = np.count_nonzero(plane > BODY_HU) / plane.size
+        around, trunk = body_box(plane, spacing[1:], rule.margin_mm)
+        shown = np.ascontiguousarray(around.of(plane))
+        highest, missed = outside(plane, around)
+        body = (np.count_nonzero(shown > BODY_HU) + missed) / plane.size
         if rule.skip_air and (body == 0 or body < rule.min_body):
             left_out[z] = "air"
             continue
-        whole = Box(0, 0, *plane.shape)
-        box = body_box(plane, spacing[1:], rule.margin_mm) if rule.box == "body" else whole
-        highest, missed = outside(plane, box)
-        stored = np.ascontiguousarray(box.of(plane))
-        yield Slice(z, stored, box, (whole.height, whole.width), body, highest, missed / plane.size)
+        height, width = plane.shape
+        if rule.box == "body":
+            yield Slice(z, shown, trunk.of(plane), around, (height, width), body, highest, missed / plane.size)
+        else:
+            yield Slice(z, np.ascontiguousarray(plane), trunk.of(plane), Box(0, 0, height, width), (height, width), body)

@@ -30,7 +30,9 @@ def test_a_box_lies_in_its_slice_and_what_is_outside_is_counted(
     hu = np.full((height, width), -1000, np.int16)
     for _ in range(draw.integers(0, 4)):
         disc(hu, draw.uniform(0, height), draw.uniform(0, width), draw.uniform(0, 25))
-    box = body_box(hu, (down, across), margin)
+    box, trunk = body_box(hu, (down, across), margin)
+    assert 0 <= trunk.y < trunk.y + trunk.height <= height
+    assert 0 <= trunk.x < trunk.x + trunk.width <= width
     assert 0 <= box.y < box.y + box.height <= height
     assert 0 <= box.x < box.x + box.width <= width
     inside = np.zeros(hu.shape, bool)
@@ -48,20 +50,22 @@ def test_arms_and_fingers_are_kept_but_not_the_couch() -> None:
     disc(hu, 310, 50, 10)  # a finger of 15 mm at 0.75 mm a pixel
     hu[400:402, 60:450] = -200  # the shell of a couch, 1.5 mm
     hu[430:433, 100:400] = 200
-    box = body_box(hu, (0.75, 0.75), 6.0)
+    box, trunk = body_box(hu, (0.75, 0.75), 6.0)
+    assert trunk.x > 120  # neither arm nor finger
     assert box.x <= 40 < box.x + box.width
     assert box.y + box.height < 400
     assert outside(hu, box)[0] == 200
 
 
 def test_the_whole_slice_where_no_part_is_found() -> None:
-    assert body_box(np.full((40, 50), -1000, np.int16), (1.0, 1.0), 5.0) == Box(0, 0, 40, 50)
+    whole = Box(0, 0, 40, 50)
+    assert body_box(np.full((40, 50), -1000, np.int16), (1.0, 1.0), 5.0) == (whole, whole)
 
 
 def test_a_phantom_lies_within_its_boxes() -> None:
     patient = phantom.make(3, (6, 128, 128), (20.0, 3.0, 3.0), 0.0)
     for plane, labels in zip(patient.hu, patient.labels, strict=True):
-        box = body_box(plane, (3.0, 3.0), 0.0)
+        box, _ = body_box(plane, (3.0, 3.0), 0.0)
         seen = np.zeros(plane.shape, bool)
         seen[box.y : box.y + box.height, box.x : box.x + box.width] = True
         assert not labels[~seen].any()
@@ -70,8 +74,8 @@ def test_a_phantom_lies_within_its_boxes() -> None:
 def test_a_real_chest_loses_nothing_of_the_patient(real_ct: Path) -> None:
     found = next(one for one in find(real_ct / "lidc0001_chest") if one.source == "ct.nii.gz")
     volume = read(found)
-    boxes = [body_box(plane, volume.spacing[1:], 6.0) for plane in volume.hu]
+    boxes = [body_box(plane, volume.spacing[1:], 6.0)[0] for plane in volume.hu]
     stored = sum(box.height * box.width for box in boxes) / volume.hu.size
     missed = [outside(plane, box)[1] for plane, box in zip(volume.hu, boxes, strict=True)]
-    assert 0.5 < stored < 0.75
-    assert max(missed) < 50  # pixels of couch and cables, of 262,144
+    assert 0.5 < stored < 0.7
+    assert max(missed) < 3500  # pixels of the couch and of cables, of 262,144

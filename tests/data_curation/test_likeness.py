@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from data_curation import phantom
-from data_curation.likeness import DOUBTS, HIGH_HU, LOW_HU, SIDE, SURE_BITS, body_box, sign
+from data_curation.box import body_box
+from data_curation.likeness import DOUBTS, HIGH_HU, LOW_HU, SIDE, SURE_BITS, shown, sign
 from data_curation.likeness_match import Alike, Rules, alike, turned
 from data_curation.volumes import find, read
 
 Hu = NDArray[np.int16]
+MM = 2.8  # what the box takes for the side of a pixel, true or not
 SHAPE, SPACING = (40, 128, 128), (4.0, 2.8, 2.8)
 
 
@@ -25,7 +27,7 @@ class Signs:
     """The signs of some volumes, and which thumbnails were asked for."""
 
     def __init__(self, *volumes: Hu) -> None:
-        signs = [[sign(plane[body_box(plane)]) for plane in hu] for hu in volumes]
+        signs = [[sign(shown(body_box(plane, (MM, MM), 6.0)[1].of(plane))) for plane in hu] for hu in volumes]
         self.codes = [np.array([one.code for one in volume], np.uint64) for volume in signs]
         self.doubts = [np.array([one.doubt for one in volume], np.uint64) for volume in signs]
         self.pictures = [
@@ -214,16 +216,16 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_the_body_without_table_and_air(patients: list[Hu]) -> None:
+    def cropped(plane: Hu) -> Hu:
+        return shown(body_box(plane, (MM, MM), 6.0)[1].of(plane))
+
     plane = patients[0][20]
-    rows, columns = body_box(plane)
-    assert rows.stop - rows.start < 110
+    body = cropped(plane)
+    assert body.shape[0] < 110
     wide = np.pad(_with_table(plane[None])[0], ((9, 40), (70, 3)), constant_values=-1024)
-    moved_rows, moved_columns = body_box(wide)
-    assert abs(moved_rows.start - rows.start - 9) <= 1
-    assert abs(moved_rows.stop - rows.stop - 9) <= 1
-    assert abs(moved_columns.start - columns.start - 70) <= 1
-    assert abs(moved_columns.stop - columns.stop - 70) <= 1
-    assert plane[body_box(np.full((50, 50), -1000, np.int16))].size == 0
+    moved = cropped(wide)
+    assert np.abs(np.subtract(moved.shape, body.shape)).max() <= 1
+    assert shown(np.full((50, 50), -1000, np.int16)).size == 0
 
 
 def test_known_pairs_among_real_scans(real_ct: Path) -> None:
