@@ -45,7 +45,9 @@ def proofs(folder: Path, rules: Mapping[str, Any]) -> tuple[Proof, ...]:
     train, val = pc.equal(split, "train"), pc.equal(split, "val")
     used = pc.or_(train, val)
     gone = pc.and_(pc.equal(split, "excluded"), pc.match_substring(marks["excluded"], "held out"))
-    telling = pc.not_equal(read_index(folder, ["content"])["content"], "")  # a uniform slice tells nothing of its source
+    telling = pc.not_equal(
+        read_index(folder, ["content"])["content"], ""
+    )  # a uniform slice tells nothing of its source
     found = []
     for column, what in COLUMNS.items():
         values = read_index(folder, [column])[column]

@@ -50,25 +50,27 @@ def walk(descriptor: int, length: int, starts: Sequence[int]) -> Iterator[Member
     at = 0
     while at + BLOCK <= length:
         header = os.pread(descriptor, BLOCK, at)
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.EOFHeaderError:
+        if header.count(0) == BLOCK:
             if _zeros(descriptor, at, length):
                 if length - at < 2 * BLOCK:
                     yield Broken(at, "the end of the shard is cut off")
                 return
             yield Broken(at, "a header is overwritten by zeros, and plain tar readers stop there without an error")
-        except tarfile.HeaderError as error:
-            yield Broken(at, f"a header is damaged ({error})")
         else:
-            data = os.pread(descriptor, blocks(info.size), at + BLOCK) if info.size >= 0 else b""
-            if len(data) < info.size or info.size < 0:
-                yield Broken(at, f"the shard is cut short: {at + BLOCK + info.size:,} bytes needed, {length:,} there")
-                return
-            rest = data[info.size :]
-            yield Member(at, info.name, data[: info.size], _canonical(info) == header, not any(rest))
-            at += BLOCK + blocks(info.size)
-            continue
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except tarfile.HeaderError as error:
+                yield Broken(at, f"a header is damaged ({error})")
+            else:
+                data = os.pread(descriptor, blocks(info.size), at + BLOCK) if info.size >= 0 else b""
+                if len(data) < info.size or info.size < 0:
+                    end = at + BLOCK + info.size
+                    yield Broken(at, f"the shard is cut short: {end:,} bytes needed, {length:,} there")
+                    return
+                rest = data[info.size :]
+                yield Member(at, info.name, data[: info.size], _canonical(info) == header, not any(rest))
+                at += BLOCK + blocks(info.size)
+                continue
         later = bisect_right(starts, at)
         if later == len(starts):
             return

@@ -62,7 +62,7 @@ def verify(folder: Path, pixels: bool = True, workers: int = 1) -> tuple[Fault, 
     missing = [name for name in SCHEMA.names if name not in pq.read_schema(folder / INDEX).names]
     if missing:
         raise CorpusError(f"{folder / INDEX} has no column {', '.join(missing)}: {AGAIN}")
-    found = []
+    found: list[Fault] = []
     with Progress(sum(part.count for part in parts), "verify", "slices") as bar:
         for part, faults in each(partial(check_shard, folder, pixels), parts, workers, lambda part: part.shard):
             found += faults
@@ -147,7 +147,9 @@ def _complete(folder: Path) -> Iterator[Fault]:
     index = read_index(folder, ["volume", "n_slices"])
     kept = index.group_by("volume").aggregate([([], "count_all"), ("n_slices", "min"), ("n_slices", "max")])
     left_out = read_part(folder / LEFT_OUT, ["volume", "z"])
-    both = pc.is_in(pc.binary_join_element_wise(left_out["volume"], _five(left_out["z"]), "_"), value_set=pc.unique(keys))
+    both = pc.is_in(
+        pc.binary_join_element_wise(left_out["volume"], _five(left_out["z"]), "_"), value_set=pc.unique(keys)
+    )
     if pc.any(both).as_py():
         yield Fault(LEFT_OUT, "", f"{pc.sum(both).as_py()} slices are listed as left out and lie in a shard", AGAIN)
     thinned = left_out.group_by("volume").aggregate([([], "count_all")])

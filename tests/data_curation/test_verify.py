@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -79,8 +80,6 @@ def rewrite(folder: Path, change: Callable[[list[tuple[tarfile.TarInfo, bytes]]]
     with tarfile.open(tar_of(folder), "w", format=tarfile.USTAR_FORMAT) as tar:
         for info, data in held:
             info.size = len(data)
-            import io
-
             tar.addfile(info, io.BytesIO(data))
 
 
@@ -135,11 +134,11 @@ def test_a_zeroed_header_does_not_end_the_shard(folder: Path) -> None:
     one = members(folder)[6]
     overwrite(tar_of(folder), one.offset, bytes(512))
     assert len(members(folder)) == 6  # what plain readers see
-    assert told(folder) == [
-        f"shards/{TRAIN}.tar, sample {one.name.partition('.')[0]}: a header is overwritten by zeros, and plain tar readers"
-        f" stop there without an error (byte {one.offset:,}, {one.name}); copy the shard again, or delete it and run the"
-        " same `axial curate` again"
-    ]
+    (fault,) = verify(folder)
+    assert (fault.file, fault.sample) == (f"shards/{TRAIN}.tar", one.name.partition(".")[0])
+    assert fault.what.startswith("a header is overwritten by zeros, and plain tar readers stop there without an error")
+    assert fault.what.endswith(f"(byte {one.offset:,}, {one.name})")
+    assert fault.remedy.startswith("copy the shard again, or delete it")
 
 
 @pytest.mark.parametrize("border", [True, False])
