@@ -1,28 +1,40 @@
-"""The public CT sets as one table of facts: licence, home page, where images and labels lie, what is kept for testing.
+"""The public CT sets and what of them lies in a folder: images, labels, and what is kept for testing.
 
-A set is an entry of `CATALOGUE`; nothing else knows its name. The set `folder` takes any tree of images.
+The facts are entries in data_curation/datasets; CATALOGUE has them by name, and nothing else knows their names. The
+set `folder` takes any tree of images.
+
+CatalogueError (a ValueError): no such data set, or a folder that does not hold it.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib
+import pkgutil
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
+from data_curation import datasets
+from data_curation.dataset import TEST_SET, DataSet, Place
+from data_curation.folds import FOLD, FOLDS, fold_of
 from data_curation.volumes import Found, find
 
-__all__ = ["CATALOGUE", "Case", "CatalogueError", "DataSet", "Place", "SplitTable", "cases"]
+__all__ = ["CATALOGUE", "VALIDATION", "Case", "CatalogueError", "cases", "missing"]
 
-TEST_SET = "official test set"
+VALIDATION = f"validation fold {FOLD} of {FOLDS} of the benchmark"
 _CONTAINER = re.compile(  # names of folders that hold many patients
     r"(image|label|mask|seg|segmentation|raw_?data|data|(sub|data)?set|part|fold|batch|ct|dicom|nifti|nii|train|training"
     r"|test|testing|val|valid|validation)s?(tr|ts|va|val)?_?\d*|(scan|volume|case|patient|subject)s?",
     re.IGNORECASE,
 )
 _ENDING = re.compile(r"\.(nii(\.gz)?|hdr|img|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
+
+Refusal = tuple[str, str, str]  # source, reason, detail
 
 
 class CatalogueError(ValueError):
@@ -32,7 +44,12 @@ class CatalogueError(ValueError):
 @dataclass(frozen=True)
 class Case:
     """One image of a data set. `patient`, `study` and `series` are in clear, for hashing; `source` is relative to the
-    data set's root. `held_out` says why curation leaves the case out unless it is told to include such cases."""
+    data set's root. `held_out` says why curation leaves the case out unless it is told to include such cases.
+
+    `same_as` are the canonical names that the scan goes by, CATALOGUE_NAME/PATIENT: its own, and those that it is known
+    to have in other sets. Two cases that share one are the same scan, whatever the data sets are called in a corpus.
+    Empty for `folder`, whose names mean nothing elsewhere.
+    """
 
     dataset: str
     patient: str
@@ -45,151 +62,40 @@ class Case:
     same_as: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Place:
-    """What lies where. `pattern` (case ignored) must match a whole path relative to the set's folder: an image file,
-    or the folder of a DICOM series; its group `patient` names the patient. `label` is (what to replace, by what) in
-    that path. With a `reason`, what lies there is refused; the reason "label" is for labels, told only when orphaned.
-    """
+@dataclass
+class _Sorted:
+    """What `find` found, by the place it lies in."""
 
-    pattern: str
-    label: tuple[str, str] | None = None
-    held_out: str = ""
-    reason: str = ""
-    detail: str = ""
+    images: list[tuple[Found, Place, str]] = field(default_factory=list)  # with the patient
+    labels: dict[str, list[tuple[int, Path, Found]]] = field(default_factory=lambda: defaultdict(list))
+    left_out: set[str] = field(default_factory=set)  # patients of refused images
+    refused: list[Refusal] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class SplitTable:
-    """A CSV file beside the images that says which patients are for testing."""
-
-    file: str
-    delimiter: str
-    patient: str
-    column: str
-    value: str
+    def label(self, patient: str) -> Path | None:
+        """The label of the place named first."""
+        return min((one[:2] for one in self.labels.get(patient, ())), default=(0, None))[1]
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """Facts about one data set. `folder` is the name of its own folder, should the root be that folder's parent."""
-
-    name: str
-    title: str
-    licence: str
-    home_page: str
-    doi: str
-    citation: str
-    tree: str  # what the root must look like, for error messages
-    places: tuple[Place, ...]
-    folder: str = ""
-    labels: Mapping[int, str] | None = None
-    split: SplitTable | None = None
-    known_bad: Mapping[str, str] | None = None  # patient: what is wrong
-    quirks: tuple[str, ...] = ()
+def _listed() -> Mapping[str, DataSet]:
+    """The entries of every module of the package, `folder` first."""
+    modules = sorted(info.name for info in pkgutil.iter_modules(datasets.__path__))
+    entries: dict[str, DataSet] = {}
+    for module in sorted(modules, key=lambda module: module != "folder"):
+        for entry in importlib.import_module(f"{datasets.__name__}.{module}").DATASETS:
+            assert entry.name not in entries, f"two data sets are called {entry.name}"
+            entries[entry.name] = entry
+    return MappingProxyType(entries)
 
 
-_MSD_CITATION = "Antonelli M. et al., The Medical Segmentation Decathlon, Nature Communications 13, 4128 (2022)"
-_MSD_TASKS: tuple[tuple[str, int, str, str, dict[int, str]], ...] = (  # name, task, folder's end, file stem, labels
-    ("msd_liver", 3, "Liver", "liver", {1: "liver", 2: "liver tumour"}),
-    ("msd_lung", 6, "Lung", "lung", {1: "lung tumour"}),
-    ("msd_pancreas", 7, "Pancreas", "pancreas", {1: "pancreas", 2: "pancreatic tumour"}),
-    ("msd_hepatic_vessel", 8, "HepaticVessel", "hepaticvessel", {1: "hepatic vessel", 2: "liver tumour"}),
-    ("msd_spleen", 9, "Spleen", "spleen", {1: "spleen"}),
-    ("msd_colon", 10, "Colon", "colon", {1: "colon tumour"}),
-)
+CATALOGUE: Mapping[str, DataSet] = _listed()
 
 
-def _msd(name: str, task: int, end: str, stem: str, labels: dict[int, str]) -> DataSet:
-    folder = f"Task{task:02d}_{end}"
-    image = rf"(?P<patient>{stem}_\d+)\.nii(\.gz)?"
-    return DataSet(
-        name=name,
-        title=f"Medical Segmentation Decathlon, task {task}: {end}",
-        licence="CC BY-SA 4.0",
-        home_page="http://medicaldecathlon.com",
-        doi="10.1038/s41467-022-30695-9",
-        citation=_MSD_CITATION,
-        tree=f"{folder}/imagesTr/{stem}_*.nii.gz, {folder}/labelsTr/{stem}_*.nii.gz, {folder}/imagesTs/{stem}_*.nii.gz",
-        places=(
-            Place(rf"imagesTr/{image}", label=("imagesTr/", "labelsTr/")),
-            Place(rf"imagesTs/{image}", held_out=TEST_SET),
-            Place(rf"labelsTr/{image}", reason="label"),
-        ),
-        folder=folder,
-        labels=labels,
-        quirks=(
-            ("the scans and numbers of LiTS, with the spacing that LiTS itself has lost for 28 to 47",)
-            if name == "msd_liver"
-            else ()
-        ),
-    )
-
-
-_TOTALSEGMENTATOR = DataSet(
-    name="totalsegmentator",
-    title="TotalSegmentator CT dataset, version 2",
-    licence="CC BY 4.0",
-    home_page="https://zenodo.org/records/10047292",
-    doi="10.5281/zenodo.10047292",
-    citation="Wasserthal J. et al., TotalSegmentator, Radiology: Artificial Intelligence 5(5), e230024 (2023)",
-    tree="s0000/ct.nii.gz, s0000/segmentations/*.nii.gz, ..., meta.csv",
-    places=(
-        Place(r"(?P<patient>s\d{4})/ct\.nii(\.gz)?", label=(r"/ct\.nii(\.gz)?$", "/segmentations")),
-        Place(r"s\d{4}/segmentations/[^/]+\.nii(\.gz)?", reason="label"),
-    ),
-    folder="Totalsegmentator_dataset_v201",
-    split=SplitTable("meta.csv", ";", "image_id", "split", "test"),
-    known_bad=dict.fromkeys(
-        ("s0184", "s0224", "s0830", "s0864", "s0992"), "its HU are wrong in version 2.0.0 of the data set"
-    ),
-    quirks=(
-        "resampled to 1.5 mm; many scans are small fragments",
-        "faces are blurred",
-        "tails from -9,000 to 11,000 HU",
-    ),
-)
-
-_CHAOS = DataSet(
-    name="chaos",
-    title="CHAOS: Combined Healthy Abdominal Organ Segmentation, CT arm",
-    licence="CC BY-NC-SA 4.0",
-    home_page="https://chaos.grand-challenge.org",
-    doi="10.5281/zenodo.3362844",
-    citation="Kavur A. E. et al., CHAOS Challenge, Medical Image Analysis 69, 101950 (2021)",
-    tree="Train_Sets/CT/1/DICOM_anon/*.dcm, Train_Sets/CT/1/Ground/*.png, ..., Test_Sets/CT/3/DICOM_anon/*.dcm",
-    places=(
-        Place(r"(.*/)?Train_Sets/CT/(?P<patient>\d+)/DICOM_anon", label=("/DICOM_anon$", "/Ground")),
-        Place(r"(.*/)?Test_Sets/CT/(?P<patient>\d+)/DICOM_anon", held_out=TEST_SET),
-        Place(r"(.*/)?(Train|Test)_Sets/MR/.*", reason="not_ct", detail="the MR arm of the data set: left out"),
-    ),
-    labels={1: "liver"},
-    quirks=("labels are PNG files whose order and flip need not be those of the DICOM files",),
-)
-
-_FOLDER = DataSet(
-    name="folder",
-    title="Any folder of CT images",
-    licence="unknown",
-    home_page="",
-    doi="",
-    citation="",
-    tree="patient/scan.nii.gz, patient/series/*.dcm, *.nrrd, *.mha, ... at any depth",
-    places=(Place(r".*"),),
-    quirks=(
-        "a patient is a DICOM PatientID, else the first folder not called images, train or the like, else the file",
-    ),
-)
-
-CATALOGUE: Mapping[str, DataSet] = {
-    dataset.name: dataset for dataset in (_FOLDER, *(_msd(*task) for task in _MSD_TASKS), _TOTALSEGMENTATOR, _CHAOS)
-}
-
-
-def cases(name: str, root: Path) -> tuple[list[Case], list[tuple[str, str, str]]]:
+def cases(name: str, root: Path) -> tuple[list[Case], list[Refusal]]:
     """The cases of data set `name` below `root`, and (source, reason, detail) of all that is ruled out already.
 
-    Only headers are read. What is no image by its name is counted, one entry an ending. Raises CatalogueError.
+    Only headers are read. What is no image by its name is counted, one entry an ending. Held out are the official test
+    set, the validation fold of a benchmark (drawn over all its cases where these are known, else over the labelled ones
+    that are found), and what is known to be the same scan as one of them. Raises CatalogueError.
     """
     if name not in CATALOGUE:
         raise CatalogueError(f"no data set is called {name!r}: take one of {', '.join(CATALOGUE)}")
@@ -200,30 +106,16 @@ def cases(name: str, root: Path) -> tuple[list[Case], list[tuple[str, str, str]]
     inner = root / dataset.folder if dataset.folder and (root / dataset.folder).is_dir() else root
     skipped: Counter[str] = Counter()
     found = list(find(inner, skipped))
-    kept: list[Case] = []
-    refused: list[tuple[str, str, str]] = []
-    loose: list[Found] = []  # labels, until their image is known
-    left_out: set[Path | None] = set()  # labels of images that are known to be bad
-    tests = _tests(dataset, inner, refused)
-    for image in found:
-        place, match = _place(dataset, image.path.relative_to(inner).as_posix())
-        if place is None or match is None:
-            away = f"not where {name} keeps its images ({dataset.tree})"
-            refused.append((image.source, image.reason or "outside_layout", image.detail or away))
-        elif place.reason == "label":
-            loose.append(image)
-        elif place.reason or image.reason:
-            refused.append((image.source, place.reason or image.reason, place.detail or image.detail))
-        else:
-            case = _case(dataset, inner, image, place, match, tests)
-            bad = (dataset.known_bad or {}).get(case.patient)
-            if bad:
-                refused.append((image.source, "known_bad", f"{bad}: left out"))
-                left_out.add(case.label)
-            else:
-                kept.append(case)
-    refused += _orphans(loose, kept, left_out)
-    if not kept and (not found or name != "folder"):
+    there = _sort(dataset, inner, found)
+    tests = _tests(dataset, inner, there.refused)
+    labelled = [patient for _, place, patient in there.images if not place.held_out and there.label(patient)]
+    drawn = fold_of(labelled) if dataset.benchmark and not dataset.train_ids else frozenset()
+    kept = [
+        _case(dataset, inner, image, patient, (there.label(patient), place), (tests, drawn))
+        for image, place, patient in there.images
+    ]
+    refused = there.refused + _orphans(there, {case.patient for case in kept}, inner)
+    if not kept and (not found or not dataset.anything):
         raise CatalogueError(_nothing(dataset, root, refused, skipped))
     for ending, count in sorted(skipped.items()):
         kind = f"*{ending}" if ending.startswith(".") else ending
@@ -233,44 +125,115 @@ def cases(name: str, root: Path) -> tuple[list[Case], list[tuple[str, str, str]]
     return _below(kept, refused, inner.relative_to(root).as_posix())
 
 
-def _place(dataset: DataSet, path: str) -> tuple[Place | None, re.Match[str] | None]:
-    for place in dataset.places:
+def missing(name: str, found: Iterable[Case]) -> tuple[str, ...]:
+    """Patients that a whole download of `name` has and `found` has not; empty where its patients are not known."""
+    there = {case.patient for case in found}
+    expected = (*CATALOGUE[name].train_ids, *CATALOGUE[name].test_ids)
+    return tuple(patient for patient in expected if patient not in there)
+
+
+def _sort(dataset: DataSet, root: Path, found: Iterable[Found]) -> _Sorted:
+    there = _Sorted()
+    for image in found:
+        rank, place, match = _place(dataset, image.path.relative_to(root).as_posix())
+        if place is None or match is None:
+            away = f"not where {dataset.name} keeps its images ({dataset.tree})"
+            there.refused.append((image.source, image.reason or "outside_layout", image.detail or away))
+            continue
+        patient = match["patient"] if "patient" in match.re.groupindex else _patient(image, root)
+        bad = (dataset.known_bad or {}).get(patient)
+        if place.reason == "label" and not image.reason:
+            path = image.path.parent if place.structures else image.path
+            there.labels[patient].append((rank, path, image))
+        elif place.reason or image.reason:
+            there.refused.append((image.source, place.reason or image.reason, place.detail or image.detail))
+            there.left_out.add(patient)
+        elif bad:
+            there.refused.append((image.source, "known_bad", f"{bad}: left out"))
+            there.left_out.add(patient)
+        else:
+            there.images.append((image, place, patient))
+    return there
+
+
+def _place(dataset: DataSet, path: str) -> tuple[int, Place | None, re.Match[str] | None]:
+    for rank, place in enumerate(dataset.places):
         match = re.fullmatch(place.pattern, path, re.IGNORECASE)
         if match:
-            return place, match
-    return None, None
+            return rank, place, match
+    return 0, None, None
+
+
+def _patient(image: Found, root: Path) -> str:
+    """Where the layout does not name the patient: DICOM does, or a folder that is not there for many patients."""
+    folder = image.path if image.kind == "dicom" else image.path.parent
+    named = [part for part in folder.relative_to(root).parts if not _CONTAINER.fullmatch(part)]
+    return image.patient or (named[0] if named else _ENDING.sub("", image.path.name))
 
 
 def _case(
-    dataset: DataSet, root: Path, image: Found, place: Place, match: re.Match[str], tests: frozenset[str]
+    dataset: DataSet,
+    root: Path,
+    image: Found,
+    patient: str,
+    lies: tuple[Path | None, Place],
+    sets: tuple[Set[str] | None, Set[str]],
 ) -> Case:
-    if "patient" in match.re.groupindex:
-        patient = match["patient"]
-    else:
-        folder = image.path if image.kind == "dicom" else image.path.parent
-        named = [part for part in folder.relative_to(root).parts if not _CONTAINER.fullmatch(part)]
-        patient = image.patient or (named[0] if named else _ENDING.sub("", image.path.name))
-    label = None
+    label, place = lies
     if place.label:
-        path = root / re.sub(*place.label, image.path.relative_to(root).as_posix(), flags=re.IGNORECASE)
-        label = path if path.exists() else None
-    held_out = TEST_SET if patient in tests else place.held_out
-    study = image.study or f"{dataset.name}/{patient}"
-    return Case(dataset.name, patient, study, image.series, image, label, held_out, image.source)
+        beside = root / re.sub(*place.label, image.path.relative_to(root).as_posix(), flags=re.IGNORECASE)
+        label = beside if beside.exists() else None
+    own = f"{dataset.name}/{patient}"
+    names = () if dataset.anything else (own, *_elsewhere(dataset, patient))
+    held_out = _held_out(dataset, patient, place, names, sets)
+    return Case(dataset.name, patient, image.study or own, image.series, image, label, held_out, image.source, names)
 
 
-def _tests(dataset: DataSet, root: Path, refused: list[tuple[str, str, str]]) -> frozenset[str]:
-    """Patients whom the split table sets apart for testing; a missing table is told among the refused."""
+def _elsewhere(dataset: DataSet, patient: str) -> list[str]:
+    matches = ((re.fullmatch(pattern, patient), name) for pattern, name in dataset.same)
+    return [match.expand(name) for match, name in matches if match]
+
+
+def _held_out(
+    dataset: DataSet, patient: str, place: Place, names: Iterable[str], sets: tuple[Set[str] | None, Set[str]]
+) -> str:
+    """Why this case is not for training; `sets`: who is for testing (None: nobody knows), who validates."""
+    tests, drawn = sets
+    if tests is None:
+        assert dataset.split is not None
+        return f"it may be of the {TEST_SET}, which {dataset.split.file} tells: put that file beside the cases"
+    if place.held_out or patient in tests:
+        return place.held_out or TEST_SET
+    if patient in drawn:
+        return VALIDATION
+    for name in names:
+        owner, _, number = name.partition("/")
+        why = TEST_SET if number in CATALOGUE[owner].test_ids else VALIDATION if number in _validation(owner) else ""
+        if why:
+            return why if owner == dataset.name else f"{why} (the same scan as {name})"
+    return ""
+
+
+@cache
+def _validation(name: str) -> frozenset[str]:
+    """The validation fold of a benchmark whose cases are known, so that no download changes it."""
+    dataset = CATALOGUE[name]
+    return fold_of(dataset.train_ids) if dataset.benchmark and dataset.train_ids else frozenset()
+
+
+def _tests(dataset: DataSet, root: Path, refused: list[Refusal]) -> frozenset[str] | None:
+    """Patients whom the split table sets apart for testing; None, and told among the refused, where it is missing."""
     table = dataset.split
     if table is None:
         return frozenset()
     path = root / table.file
     if not path.is_file():
         text = (
-            f"{table.file} is missing, so the test cases of {dataset.name} cannot be set apart: put it beside the cases"
+            f"{table.file} is missing, so the test cases of {dataset.name} cannot be told apart and all its cases are "
+            "held out: put it beside the cases"
         )
         refused.append((table.file, "no_split", text))
-        return frozenset()
+        return None
     # Only numbers and splits are read, so a name in another character set may be spoilt.
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = list(csv.DictReader(file, delimiter=table.delimiter))
@@ -282,22 +245,20 @@ def _tests(dataset: DataSet, root: Path, refused: list[tuple[str, str, str]]) ->
     return frozenset(row[table.patient] for row in rows if row[table.column] == table.value)
 
 
-def _orphans(
-    labels: Iterable[Found], kept: Iterable[Case], left_out: Collection[Path | None]
-) -> list[tuple[str, str, str]]:
-    """Labels that belong to no kept case."""
-    used = {case.label for case in kept}
-    found = []
-    for label in labels:
-        if label.path in used or label.path.parent in used:
-            continue
-        bad = label.path in left_out or label.path.parent in left_out
-        text = "the label of an image that is left out" if bad else "a label without its image: fetch the image"
-        found.append((label.source, "label", text))
-    return found
+def _orphans(there: _Sorted, kept: Set[str], root: Path) -> list[Refusal]:
+    """Labels of patients without an image that is kept, one entry a file or a folder of structures."""
+    told: dict[str, str] = {}
+    for patient in there.labels.keys() - kept:
+        for _, path, image in there.labels[patient]:
+            source = image.source if path == image.path else path.relative_to(root).as_posix()
+            bad = patient in there.left_out
+            told[source] = (
+                "the label of an image that is left out" if bad else "a label without its image: fetch the image"
+            )
+    return [(source, "label", text) for source, text in sorted(told.items())]
 
 
-def _nothing(dataset: DataSet, root: Path, refused: list[tuple[str, str, str]], skipped: Counter[str]) -> str:
+def _nothing(dataset: DataSet, root: Path, refused: list[Refusal], skipped: Counter[str]) -> str:
     there = sorted(path.name + ("/" if path.is_dir() else "") for path in root.iterdir())
     reasons = Counter(reason for _, reason, _ in refused)
     counted = [f"{count} {what}" for what, count in (*sorted(reasons.items()), *sorted(skipped.items()))]
@@ -308,9 +269,7 @@ def _nothing(dataset: DataSet, root: Path, refused: list[tuple[str, str, str]], 
     )
 
 
-def _below(
-    kept: list[Case], refused: list[tuple[str, str, str]], prefix: str
-) -> tuple[list[Case], list[tuple[str, str, str]]]:
+def _below(kept: list[Case], refused: list[Refusal], prefix: str) -> tuple[list[Case], list[Refusal]]:
     """Sources relative to the root that was given, where the set's own folder lies inside it."""
     if prefix == ".":
         return kept, refused

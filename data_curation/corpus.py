@@ -6,16 +6,16 @@ fork, and any number of threads may use one.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_curation.grid import AIR
@@ -24,6 +24,7 @@ from data_curation.slices import SliceError, checksum, decode, sha256
 
 __all__ = ["Corpus", "CorpusError"]
 
+CODED = ("shard", "codec", "split", "dataset")  # columns of few different texts, held as numbers
 OPEN_SHARDS = 128  # file descriptors kept open; a process may have about a thousand
 
 
@@ -32,8 +33,9 @@ class Corpus:
 
     Slices that an earlier one of the corpus shows already are left out unless `duplicates` is set. With `frame` a slice
     comes as large as the scan had it, with air around the stored part; without, the stored part alone. Every read
-    compares the checksum of the stored bytes; `verify` also hashes the decoded pixels (twice the work). All errors are
-    CorpusErrors that name shard and sample.
+    compares the checksum of the stored bytes; `verify` also hashes the decoded pixels (twice the work). `mapped` reads
+    through mapped files, without a copy; a storage error then ends the process (SIGBUS) where a plain read raises. All
+    errors are CorpusErrors that name shard and sample.
     """
 
     def __init__(
@@ -45,37 +47,42 @@ class Corpus:
         duplicates: bool = False,
         frame: bool = True,
         verify: bool = False,
+        mapped: bool = True,
     ) -> None:
         self.folder, self.split, self.duplicates, self.verify = Path(folder), split, duplicates, verify
-        self.datasets, self.frame = None if datasets is None else tuple(datasets), frame
+        self.datasets, self.frame, self.mapped = None if datasets is None else tuple(datasets), frame, mapped
         self._load()
 
     def _load(self) -> None:
-        index = read_index(self.folder, ["shard", "offset", "size", "crc32", "codec", "split", "duplicate"])
+        index = read_index(self.folder, ["shard", "offset", "size", "crc32", "codec", "split", "duplicate"], CODED)
         chosen = np.ones(len(index), bool)
         if self.split is not None:
-            known = pc.unique(index["split"]).to_pylist()
-            if self.split not in (*known, "train", "val"):
-                raise CorpusError(f"{self.folder} has no split {self.split!r}; it has: {', '.join(sorted(known))}")
-            chosen &= pc.equal(index["split"], self.split).to_numpy()
+            chosen &= self._one_of(index["split"], "split", (self.split,), ("train", "val"))
         if self.datasets is not None:
-            names = read_index(self.folder, ["dataset"])["dataset"]
-            known = pc.unique(names).to_pylist()
-            if unknown := sorted(set(self.datasets) - set(known)):
-                raise CorpusError(f"{self.folder} has no data set {unknown[0]!r}; it has: {', '.join(sorted(known))}")
-            chosen &= pc.is_in(names, pa.array(self.datasets)).to_numpy()
+            names = read_index(self.folder, ["dataset"], CODED)["dataset"]
+            chosen &= self._one_of(names, "data set", self.datasets)
         if not self.duplicates:
             chosen &= ~index["duplicate"].to_numpy()
         self._rows = np.flatnonzero(chosen)
-        self._shards, self._shard = _codes(index["shard"], self._rows)
-        self._codecs, self._codec = _codes(index["codec"], self._rows)
+        self._shards, self._shard = _codes(index["shard"], chosen)
+        self._codecs, self._codec = _codes(index["codec"], chosen)
         self._offset, self._size, self._crc = (index[name].to_numpy()[chosen] for name in ("offset", "size", "crc32"))
         self._columns: dict[str, Any] = {}
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
 
+    def _one_of(
+        self, column: pa.ChunkedArray, what: str, wanted: Sequence[str], always: Sequence[str] = ()
+    ) -> NDArray[np.bool_]:
+        """Which rows have one of the wanted texts. Raises CorpusError for one that no row has, but for `always`."""
+        texts, codes = _codes(column)
+        for name in wanted:
+            if name not in (*texts, *always):
+                raise CorpusError(f"{self.folder} has no {what} {name!r}; it has: {', '.join(sorted(texts))}")
+        return np.array([text in wanted for text in texts] or [False])[codes]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("folder", "split", "datasets", "duplicates", "frame", "verify")}
+        return {name: getattr(self, name) for name in _GIVEN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -103,12 +110,11 @@ class Corpus:
         whole[top : top + hu.shape[0], left : left + hu.shape[1]] = hu
         return whole
 
-    def encoded(self, i: int) -> bytes:
-        """The stored bytes of slice i, checksum compared."""
+    def encoded(self, i: int) -> bytes | memoryview:
+        """The stored bytes of slice i, checksum compared; a view of the mapped shard where the corpus is `mapped`."""
         offset, size = int(self._offset[i]), int(self._size[i])
         try:
-            file = self._file(int(self._shard[i]))
-            data = os.pread(file.descriptor, size, offset)
+            data = self._file(int(self._shard[i])).read(size, offset)
         except OSError as error:
             raise CorpusError(f"{self._place(i)}: cannot be read ({error.strerror}); {_REMEDY}") from None
         if len(data) != size:
@@ -151,7 +157,7 @@ class Corpus:
         with self._lock:
             file = self._files.get(shard)
             if file is None:
-                file = self._files[shard] = _File(self.folder / "shards" / self._shards[shard])
+                file = self._files[shard] = _File(self.folder / "shards" / self._shards[shard], self.mapped)
                 if len(self._files) > OPEN_SHARDS:
                     self._files.popitem(last=False)
             self._files.move_to_end(shard)
@@ -161,21 +167,36 @@ class Corpus:
 class _File:
     """A descriptor that is closed when its last reader lets go of it: another thread may still be reading."""
 
-    __slots__ = ("descriptor",)
+    __slots__ = ("descriptor", "view")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mapped: bool) -> None:
         self.descriptor = -1
+        self.view: memoryview | None = None
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if mapped and os.fstat(self.descriptor).st_size:
+            self.view = memoryview(mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ))
+
+    def read(self, size: int, offset: int) -> bytes | memoryview:
+        """`size` bytes, or as many as there are. What was cut off since must not be touched: the system would kill us."""
+        if self.view is None:
+            return os.pread(self.descriptor, size, offset)
+        return self.view[offset : min(offset + size, os.fstat(self.descriptor).st_size)]
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
 
 
+_GIVEN = ("folder", "split", "datasets", "duplicates", "frame", "verify", "mapped")
 _REMEDY = "copy the shard again, or delete it and run the same `axial curate` again"
 
 
-def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int32]]:
-    """The distinct texts of the chosen rows, and for each row which of them it has."""
-    encoded = column.take(pa.array(rows)).combine_chunks().dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+def _codes(
+    column: pa.ChunkedArray, chosen: NDArray[np.bool_] | None = None
+) -> tuple[list[str], NDArray[np.int32]]:
+    """The distinct texts of a column read as codes, and for each (chosen) row which of them it has."""
+    whole = column.unify_dictionaries().combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):  # of no rows
+        return [], np.empty(0, np.int32)
+    codes = whole.indices.to_numpy()
+    return whole.dictionary.to_pylist(), codes if chosen is None else codes[chosen]

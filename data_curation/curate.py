@@ -31,7 +31,7 @@ from data_curation.accounts import (
 from data_curation.aside import sweep
 from data_curation.finished import FINISHED, changed, read_finished, write_finished
 from data_curation.index import INDEX, fingerprint, link, merge
-from data_curation.listing import CurateError, gather, licence_of
+from data_curation.listing import CurateError, gather
 from data_curation.plan import Candidate, Plan, PlanRules, plan
 from data_curation.pool import each, workers_for
 from data_curation.relatives import relatives
@@ -253,7 +253,7 @@ def _finish(
     whole = fingerprint(tally.watch(merge(folder, [shard.name for shard in planned.shards], planned.withdrawn)))
     kept = [task for task in tasks if task.volume in tally.volumes]
     thinned = ((task.dataset, task.volume, read_constants(folder, task.volume)["left_out"]) for task in kept)
-    listed = {one.called: Listed(one.called, one.name, licence_of(one)) for one in settings.datasets}
+    listed = {one.called: Listed(one.called, one.name, one.terms.licence) for one in settings.datasets}
     datasets = [listed.get(name, Listed(name, "evaluation", "")) for name in order]
     facts = count(tally, whole, datasets, refused, write_left_out(folder, thinned))
     rules = settings.model_dump(

@@ -79,6 +79,7 @@ SCHEMA = pa.schema(
         _field("sha256", pa.string(), "SHA-256 of the stored pixels as little-endian int16, row by row"),
         _field("content", pa.string(), "128 bits of SHA-256 of shape and every second row, clipped to +-1000 HU; '' if uniform"),
         _field("licence", pa.string(), "licence of the data set"),
+        _field("commercial", pa.bool_(), "the licence allows commercial use, by its strictest reading"),
         _field("held_out", pa.string(), "why the case is held out by default; '' for all others"),
         _field("split", pa.string(), "train, val, or excluded; one for all volumes of a patient and of a duplicate group"),
         _field(
@@ -96,11 +97,15 @@ SCHEMA = pa.schema(
 )
 
 
-def read_index(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The index of a corpus folder, or some columns of it. Raises CorpusError where there is none."""
+def read_index(folder: Path, columns: Sequence[str] | None = None, coded: Sequence[str] = ()) -> pa.Table:
+    """The index of a corpus folder, or some columns of it; `coded` ones as dictionary arrays (numbers and their texts).
+
+    Raises CorpusError where there is no index.
+    """
     path = folder / INDEX
     try:
-        return pq.read_table(path, columns=None if columns is None else list(columns), memory_map=True)
+        wanted = None if columns is None else list(columns)
+        return pq.read_table(path, columns=wanted, memory_map=True, read_dictionary=list(coded))
     except FileNotFoundError:
         raise CorpusError(f"{folder} holds no corpus ({INDEX} is missing): make one with `axial curate`") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_curation.accounts import Refused
-from data_curation.catalogue import CATALOGUE, Case, cases
+from data_curation.catalogue import Case, cases
 from data_curation.folds import fold_of
 from data_curation.scan import ScanTask, stamp
-from data_curation.settings import Evaluation, Settings, Source
+from data_curation.settings import Evaluation, Settings, Terms
 from data_curation.volumes import Found, find
 
-__all__ = ["CurateError", "gather", "licence_of"]
+__all__ = ["CurateError", "gather"]
 
 CHANNEL = re.compile(r"(_\d{4})?\.(nii(\.gz)?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
 
@@ -39,8 +39,12 @@ def gather(settings: Settings) -> tuple[list[ScanTask], list[Refused]]:
     for source in settings.datasets:
         found, ruled_out = cases(source.name, source.root)
         refused += [Refused(source.called, *one) for one in ruled_out]
+        if settings.licence == "commercial" and not source.terms.commercial:
+            text = f"licence: commercial is set, and {source.terms.licence} does not allow it"
+            refused += [Refused(source.called, case.source, "licence", text) for case in found]
+            continue
         for case in found:
-            task = _task(settings, source.called, licence_of(source), case)
+            task = _task(settings, source.called, source.terms, case)
             if task.volume in taken:
                 text = f"the same data set, patient, study and series as {taken[task.volume]}"
                 refused.append(Refused(source.called, case.source, "same_identity", text))
@@ -49,24 +53,19 @@ def gather(settings: Settings) -> tuple[list[ScanTask], list[Refused]]:
             tasks.append(task)
     for evaluation in settings.evaluation:
         name = f"evaluation {evaluation.root.name}"
-        tasks += [_task(settings, name, "", case) for case in _to_score(evaluation, name)]
+        tasks += [_task(settings, name, Terms("", False), case) for case in _to_score(evaluation, name)]
     return tasks, refused
 
 
-def licence_of(source: Source) -> str:
-    """The licence a user gave, else the catalogue's."""
-    return source.licence or CATALOGUE[source.name].licence
-
-
-def _task(settings: Settings, name: str, licence: str, case: Case) -> ScanTask:
+def _task(settings: Settings, name: str, terms: Terms, case: Case) -> ScanTask:
     spool = not case.held_out or (settings.include_held_out and case.dataset != EVALUATION)
     identity = (case.patient, case.study, case.series)
     patient, study, volume = (_hashed(settings, name, *identity[:depth]) for depth in (1, 2, 3))
-    rules = (licence, case.held_out, spool, settings.limits, settings.slices, settings.codec, volume)
+    rules = (terms, case.held_out, spool, settings.limits, settings.slices, settings.codec, volume)
     return ScanTask(
         case,
         name,
-        licence,
+        terms,
         volume,
         patient,
         study,

@@ -6,6 +6,7 @@ layout of a public data set.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +44,7 @@ def make(
     noise_hu: float = 12.0,
     *,
     fov_mm: float | None = None,
-    centre_mm: float = 0.0,
     phase: str | None = None,
-    padding: int | None = None,
 ) -> Phantom:
     """The patient of this seed on a grid of `shape` and `spacing` (z, y, x).
 
@@ -67,13 +66,10 @@ def make(
     thick = max(8, SLAB // (shape[1] * shape[2]))
     for start in range(0, shape[0], thick):
         part = slice(start, start + thick)
-        hu[part], labels[part] = paint_patient(patient, z[part] + centre_mm, y, x)
+        hu[part], labels[part] = paint_patient(patient, z[part], y, x)
     if noise_hu:
         hu += _noise(seed, shape, spacing, noise_hu)
     whole = np.clip(np.rint(hu), -1024, 3071).astype(np.int16)
-    if padding is not None:
-        outside = np.hypot(y[:, None], x) > min(shape[1] * spacing[1], shape[2] * spacing[2]) / 2
-        whole[:, outside], labels[:, outside] = padding, 0
     return Phantom(
         whole, labels, (float(spacing[0]), float(spacing[1]), float(spacing[2])), dict(ORGANS), patient.phase
     )
@@ -87,7 +83,8 @@ def _noise(seed: int, shape: tuple[int, int, int], spacing: tuple[float, float, 
     grain -= 0.7 * ndimage.gaussian_filter(grain, [0.0, sigma[1] * 2, sigma[2] * 2], mode="wrap")
     middle = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape[1:]]
     weight = 1.25 - 0.6 * np.minimum(1, np.hypot(middle[0][:, None], middle[1]))
-    return np.asarray(grain * (weight * (sd / grain.std())), np.float32)
+    spread = grain.std() or 1.0  # a single voxel has none
+    return np.asarray(grain * (weight * (sd / spread)), np.float32)
 
 
 def write(
@@ -97,24 +94,24 @@ def write(
     shape: tuple[int, int, int] = (32, 160, 160),
     spacing: tuple[float, float, float] | None = None,
     noise_hu: float = 12.0,
-    *,
-    fov_mm: float | None = None,
-    phase: str | None = None,
-    padding: int | None = None,
     **options: Any,
 ) -> list[Path]:
-    """One phantom a seed below `root` in the layout of a public data set; returns the images (DICOM: folders) in order.
+    """One phantom a seed below `root` as a public data set is downloaded; returns the images (DICOM: folders) in order.
 
-    Layouts: folder, msd, totalsegmentator, chaos, nnunet; `options` are its own (see data_curation.phantom_layouts).
-    Without `spacing` each seed draws its own, as scanners do. Raises ValueError for an unknown layout or organ.
+    A layout is a name of the catalogue, or `nnunet`; `options` are its own (data_curation.phantom_layouts), `tests` in
+    most. The seed is also the number of the case. Without `spacing` each seed draws its own, as scanners do. Raises
+    ValueError for an unknown layout, option or organ.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"no layout {layout!r} to write phantoms in; there are {', '.join(LAYOUTS)}")
+    known = inspect.signature(LAYOUTS[layout]).parameters
+    wrong = [name for name in options if name not in known]
+    if wrong:
+        raise ValueError(f"layout {layout} has no {', '.join(wrong)}; it has {', '.join([*known][2:]) or 'no options'}")
 
     def cases() -> Iterable[tuple[int, Phantom]]:
         for seed in seeds:
-            step = spacing or _own_spacing(seed, shape)
-            yield seed, make(seed, shape, step, noise_hu, fov_mm=fov_mm, phase=phase, padding=padding)
+            yield seed, make(seed, shape, spacing or _own_spacing(seed, shape), noise_hu)
 
     root.mkdir(parents=True, exist_ok=True)
     return LAYOUTS[layout](root, cases(), **options)

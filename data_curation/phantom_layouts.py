@@ -1,91 +1,147 @@
-"""Phantoms on disk, in the layouts that public CT collections use.
+"""Phantoms on disk, in the layouts in which public CT collections are downloaded.
 
-Every writer takes the root folder and (number, phantom) pairs, stores the images with the turned axes in which such a
-collection arrives, and returns the image files or DICOM folders in order. SimpleITK is imported only when one writes.
+LAYOUTS has a writer for every entry of the catalogue, and `nnunet`. A writer takes the root folder and (number,
+phantom) pairs and returns the image files or DICOM folders in order. The number is the case's number in the data set;
+the last `tests` cases are of its test set, in layouts that have one in places of its own. Axes are turned, files called
+._x and lost headers are put in where the real archives have them. SimpleITK is imported only when one writes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_curation.catalogue import CATALOGUE
+from data_curation.phantom_files import numbered, structures, write_dicom, write_nifti
+
 if TYPE_CHECKING:
     from data_curation.phantom import Phantom
 
-__all__ = ["LAYOUTS", "write_dicom"]
+__all__ = ["LAYOUTS"]
 
 Cases = Iterable[tuple[int, "Phantom"]]
 Writer = Callable[..., list[Path]]
+TURNS = ("RAS", "LPS", "PIR", "LAS", "ASL", "RPI")
 
 
-def _image(array: NDArray[Any], phantom: Phantom) -> Any:
-    """SimpleITK image of [Z, Y, X] in LPS, the middle of the volume at a place that is not the origin."""
-    import SimpleITK as sitk
+@dataclass(frozen=True)
+class _Files:
+    """Where a data set keeps one file an image and one a label; {n} is the number of the case."""
 
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(phantom.spacing[::-1])
-    image.SetOrigin(
-        [12.5 - (n - 1) / 2 * step for n, step in zip(array.shape[::-1], phantom.spacing[::-1], strict=True)]
-    )
-    return image
+    image: str
+    label: str
+    test: str = ""
+    test_label: str = ""
+    axes: tuple[str, ...] = ("LAS",)  # of the stored voxels, from case to case
+    padding: int | None = None  # HU outside the scanner's round field of view
+    junk: tuple[str, ...] = ()
 
 
-def _write(image: Any, path: Path, orientation: str = "LPS") -> Path:
-    """Writes the image with its voxels stored in this orientation (the patient stays where it is)."""
-    import SimpleITK as sitk
+_MAC = ("amos22/__MACOSX/imagesTr/._amos_0001.nii.gz", "__MACOSX/amos22/imagesTr/._amos_0001.nii.gz")
+_FILES: Mapping[str, _Files] = {
+    "btcv": _Files(
+        "RawData/Training/img/img{n:04d}.nii.gz",
+        "RawData/Training/label/label{n:04d}.nii.gz",
+        "RawData/Testing/img/img{n:04d}.nii.gz",
+    ),
+    "lits": _Files("{batch}/volume-{n}.nii", "{batch}/segmentation-{n}.nii", "test-volume-{n}.nii", axes=TURNS[:4]),
+    "kits23": _Files("dataset/case_{n:05d}/imaging.nii.gz", "dataset/case_{n:05d}/segmentation.nii.gz", axes=("IPR",)),
+    "word": _Files(
+        "WORD-V0.1.0/imagesTr/word_{n:04d}.nii.gz",
+        "WORD-V0.1.0/labelsTr/word_{n:04d}.nii.gz",
+        "WORD-V0.1.0/imagesTs/word_{n:04d}.nii.gz",
+        "WORD-V0.1.0/labelsTs/word_{n:04d}.nii.gz",
+        padding=-3024,
+    ),
+    "abdomenct_1k": _Files(
+        "AbdomenCT-1K-ImagePart{part}/Case_{n:05d}_0000.nii.gz", "Mask/Case_{n:05d}.nii.gz", axes=("LAS", "RAS")
+    ),
+    "amos22": _Files(
+        "amos22/imagesTr/amos_{n:04d}.nii.gz",
+        "amos22/labelsTr/amos_{n:04d}.nii.gz",
+        "amos22/imagesTs/amos_{n:04d}.nii.gz",
+        junk=_MAC,
+    ),
+    "ct_org": _Files("volume-{n}.nii.gz", "labels-{n}.nii.gz", axes=("LAS", "RAS")),
+}
 
+
+def _files(name: str, root: Path, cases: Cases, *, tests: int = 0) -> list[Path]:
+    """Writes what _FILES says of this data set."""
+    files, entry = _FILES[name], CATALOGUE[name]
+    if tests and not files.test:
+        raise ValueError(f"layout {name} has no place of its own for test cases: leave out tests={tests}")
+    made = []
+    for n, p, test in _parted(cases, tests):
+        fields = {"n": n, "batch": f"Training Batch {1 if n < 28 else 2}", "part": 1 + n % 3}
+        hu, labels = _round(p, numbered(p, entry.labels or {}), files.padding)
+        whole = test or entry.bogus_spacing.isdisjoint((str(n), f"Case_{n:05d}"))
+        axes = files.axes[n % len(files.axes)] if whole else "RAS"
+        image = root / (files.test if test else files.image).format(**fields)
+        label = (files.test_label if test else files.label).format(**fields)
+        made.append(write_nifti(hu, p, image, axes, header=whole))
+        if label:
+            write_nifti(labels, p, root / label, axes, header=whole)
+    for path in files.junk:
+        _junk(root / path)
+    return made
+
+
+def _parted(cases: Cases, tests: int) -> Sequence[tuple[int, Phantom, bool]]:
+    """(number, phantom, is it a test case)."""
+    everything = list(cases)
+    return [(n, p, position >= len(everything) - tests) for position, (n, p) in enumerate(everything)]
+
+
+def _round(p: Phantom, labels: NDArray[np.uint8], padding: int | None) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    """HU and labels with `padding` outside the circle that the scanner sees."""
+    if padding is None:
+        return p.hu, labels
+    y, x = (np.linspace(-1, 1, n) for n in p.hu.shape[1:])
+    outside = np.hypot(y[:, None], x) > 1
+    return np.where(outside, np.int16(padding), p.hu), np.where(outside, np.uint8(0), labels)
+
+
+def _junk(path: Path) -> None:
+    """What macOS leaves beside a file: attributes under the file's name, which are no scan."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(sitk.DICOMOrient(image, orientation), str(path), useCompression=True)
-    return path
+    path.write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
 
 
-def _choose(phantom: Phantom, organs: Iterable[str] | None) -> tuple[NDArray[np.uint8], dict[str, int]]:
-    """The labels of these organs, renumbered 1, 2, ... in the order given; None keeps them all."""
-    numbers = {name: label for label, name in phantom.names.items()}
-    wanted = list(numbers) if organs is None else list(organs)
-    unknown = [name for name in wanted if name not in numbers]
-    if unknown:
-        raise ValueError(f"the phantom has no organ {', '.join(unknown)}; it has {', '.join(numbers)}")
-    table = np.zeros(256, np.uint8)
-    for new, name in enumerate(wanted, 1):
-        table[numbers[name]] = new
-    return table[phantom.labels], {name: new for new, name in enumerate(wanted, 1)}
-
-
-def _folder(
-    root: Path, cases: Cases, *, orientations: Iterable[str] = ("RAS", "LPS", "PIR", "LAS", "ASL", "RPI")
-) -> list[Path]:
+def _folder(root: Path, cases: Cases) -> list[Path]:
     """case_NNNN.nii.gz in one folder, each with its voxels stored in another orientation."""
-    turns = list(orientations)
-    return [_write(_image(p.hu, p), root / f"case_{n:04d}.nii.gz", turns[n % len(turns)]) for n, p in cases]
+    return [write_nifti(p.hu, p, root / f"case_{n:04d}.nii.gz", TURNS[n % len(TURNS)]) for n, p in cases]
 
 
 def _nnunet(
     root: Path, cases: Cases, *, organs: Iterable[str] | None = None, tests: int = 0, name: str = "Phantom"
 ) -> list[Path]:
-    """nnU-Net's raw data-set format, version 2; the last `tests` cases go to imagesTs with their labels in labelsTs."""
+    """nnU-Net's raw data-set format, version 2, with these organs as 1, 2, ...; all of them without `organs`."""
     made: list[Path] = []
-    labels: dict[str, int] = {}
+    wanted: list[str] = []
     training = 0
-    everything = list(cases)
-    for position, (n, p) in enumerate(everything):
-        part = "Ts" if position >= len(everything) - tests else "Tr"
-        chosen, labels = _choose(p, organs)
-        case = f"{name.lower()}_{n:04d}"
-        made.append(_write(_image(p.hu, p), root / f"images{part}" / f"{case}_0000.nii.gz"))
-        _write(_image(chosen, p), root / f"labels{part}" / f"{case}.nii.gz")
-        training += part == "Tr"
+    for n, p, test in _parted(cases, tests):
+        wanted = list(p.names.values()) if organs is None else list(organs)
+        unknown = [organ for organ in wanted if organ not in p.names.values()]
+        if unknown:
+            have = ", ".join(p.names.values())
+            raise ValueError(f"the phantom has no organ {', '.join(unknown)}; it has {have}")
+        part, case = "Ts" if test else "Tr", f"{name.lower()}_{n:04d}"
+        made.append(write_nifti(p.hu, p, root / f"images{part}" / f"{case}_0000.nii.gz"))
+        write_nifti(numbered(p, dict(enumerate(wanted, 1))), p, root / f"labels{part}" / f"{case}.nii.gz")
+        training += not test
     described = {
         "name": name,
         "channel_names": {"0": "CT"},
-        "labels": {"background": 0, **labels},
+        "labels": {"background": 0, **{organ: number for number, organ in enumerate(wanted, 1)}},
         "numTraining": training,
         "file_ending": ".nii.gz",
     }
@@ -93,148 +149,116 @@ def _nnunet(
     return made
 
 
-# Folder, file stem and labels of the CT tasks, and the organs that stand for the labels (no phantom has a tumour).
-_MSD: dict[str, tuple[str, tuple[str, ...], tuple[str | None, ...]]] = {
-    "Task03_Liver": ("liver_{}", ("liver", "cancer"), ("liver", None)),
-    "Task06_Lung": ("lung_{:03d}", ("cancer",), (None,)),
-    "Task07_Pancreas": ("pancreas_{:03d}", ("pancreas", "cancer"), ("pancreas", None)),
-    "Task08_HepaticVessel": ("hepaticvessel_{:03d}", ("Vessel", "Tumour"), (None, None)),
-    "Task09_Spleen": ("spleen_{}", ("spleen",), ("spleen",)),
-    "Task10_Colon": ("colon_{:03d}", ("colon cancer primaries",), (None,)),
-}
-
-
-def _msd(root: Path, cases: Cases, *, task: str = "Task09_Spleen", tests: int = 0) -> list[Path]:
-    """A Medical Segmentation Decathlon task below root/TASK; the last `tests` cases are its unlabelled test images."""
-    if task not in _MSD:
-        raise ValueError(f"no CT task {task!r} in the Decathlon; there are {', '.join(_MSD)}")
-    stem, names, organs = _MSD[task]
+def _msd(name: str, root: Path, cases: Cases, *, tests: int = 0) -> list[Path]:
+    """A task of the Medical Segmentation Decathlon, with its dataset.json."""
+    entry = CATALOGUE[name]
+    labels, task = entry.labels or {}, root / entry.folder
+    stem = entry.folder.partition("_")[2].lower()
+    wide = "{}" if stem in ("liver", "spleen") else "{:03d}"
     made: list[Path] = []
     train: list[dict[str, str]] = []
     test: list[str] = []
-    everything = list(cases)
-    for position, (n, p) in enumerate(everything):
-        file = f"{stem.format(n)}.nii.gz"
-        held = position >= len(everything) - tests
-        made.append(_write(_image(p.hu, p), root / task / ("imagesTs" if held else "imagesTr") / file, "LAS"))
+    for n, p, held in _parted(cases, tests):
+        file = f"{stem}_{wide.format(n)}.nii.gz"
+        made.append(write_nifti(p.hu, p, task / ("imagesTs" if held else "imagesTr") / file, "LAS"))
+        _junk(made[-1].with_name(f"._{file}"))
         if held:
             test.append(f"./imagesTs/{file}")
             continue
-        numbers = {name: label for label, name in p.names.items()}
-        labels = np.zeros_like(p.labels)
-        for value, organ in enumerate(organs, 1):
-            if organ is not None:
-                labels[p.labels == numbers[organ]] = value
-        _write(_image(labels, p), root / task / "labelsTr" / file, "LAS")
+        write_nifti(numbered(p, labels), p, task / "labelsTr" / file, "LAS")
         train.append({"image": f"./imagesTr/{file}", "label": f"./labelsTr/{file}"})
     described = {
-        "name": task.split("_")[1],
+        "name": stem,
         "description": "Made-up phantoms",
         "tensorImageSize": "3D",
         "modality": {"0": "CT"},
-        "labels": {"0": "background", **{str(i): name for i, name in enumerate(names, 1)}},
+        "labels": {"0": "background", **{str(number): organ for number, organ in labels.items()}},
         "numTraining": len(train),
         "numTest": len(test),
         "training": train,
         "test": test,
     }
-    (root / task / "dataset.json").write_text(json.dumps(described, indent=2) + "\n")
+    (task / "dataset.json").write_text(json.dumps(described, indent=2) + "\n")
     return made
 
 
 def _totalsegmentator(root: Path, cases: Cases, *, tests: int = 0) -> list[Path]:
     """sNNNN/ct.nii.gz, a binary file an organ, and meta.csv with the split; the last `tests` cases are "test"."""
     made, rows = [], ["image_id;age;gender;institute;study_type;split"]
-    everything = list(cases)
-    for position, (n, p) in enumerate(everything):
+    for n, p, test in _parted(cases, tests):
         case = root / f"s{n:04d}"
-        made.append(_write(_image(p.hu, p), case / "ct.nii.gz", "RAS"))
-        for label, name in p.names.items():
-            _write(_image((p.labels == label).astype(np.uint8), p), case / "segmentations" / f"{name}.nii.gz", "RAS")
-        rows.append(f"{case.name};60;m;A;ct abdomen;{'test' if position >= len(everything) - tests else 'train'}")
+        made.append(write_nifti(p.hu, p, case / "ct.nii.gz", "RAS"))
+        structures(p, case / "segmentations", "RAS")
+        rows.append(f"{case.name};60;m;A;ct abdomen;{'test' if test else 'train'}")
     (root / "meta.csv").write_text("\n".join(rows) + "\n", encoding="utf-8-sig")
     return made
 
 
-_CHAOS_TRAIN = (1, 2, 5, 6, 8, 10, 14, 16, 18, 19, *range(21, 31))
-_CHAOS_TEST = (3, 4, 7, 9, 11, 12, 13, 15, 17, 20, *range(31, 41))
-
-
-def _chaos(root: Path, cases: Cases, *, tests: int = 0) -> list[Path]:
-    """Train_Sets/CT/ID/DICOM_anon/*.dcm with PNG liver masks under Ground, Test_Sets without; ids as in the original.
-
-    File i and mask i belong together; in every second case they run from head to foot.
-    """
-    import imagecodecs
-
-    everything = list(cases)
-    train = len(everything) - tests
-    if train > len(_CHAOS_TRAIN) or tests > len(_CHAOS_TEST):
-        raise ValueError(
-            f"CHAOS has {len(_CHAOS_TRAIN)} training and {len(_CHAOS_TEST)} test cases, asked for {train} and {tests}"
-        )
+def _atlas(name: str, root: Path, cases: Cases) -> list[Path]:
+    """AbdomenAtlas: a folder a case, in 1.1 every second one nested deeper, in 3.0 images and masks apart."""
+    entry = CATALOGUE[name]
+    first = CATALOGUE["abdomenatlas_1_1_mini"].labels or {}
     made = []
-    for position, (n, p) in enumerate(everything):
-        held = position >= train
-        number = _CHAOS_TEST[position - train] if held else _CHAOS_TRAIN[position]
-        case = root / ("Test_Sets" if held else "Train_Sets") / "CT" / str(number)
-        order = range(len(p.hu)) if position % 2 == 0 else range(len(p.hu) - 1, -1, -1)
-        made.append(write_dicom(p, case / "DICOM_anon", n, order))
-        if not held:
-            (case / "Ground").mkdir(parents=True, exist_ok=True)
-            liver = next(label for label, name in p.names.items() if name == "liver")
-            for i, z in enumerate(order):
-                mask = np.where(p.labels[z] == liver, 255, 0).astype(np.uint8)
-                (case / "Ground" / f"liver_GT_{i:03d}.png").write_bytes(imagecodecs.png_encode(mask))
+    for n, p in cases:
+        case = f"BDMAP_{n:08d}"
+        if name == "abdomenatlas_3_0_mini":
+            image, masks = root / "image_only" / case, root / "mask_only" / case
+        else:
+            deeper = "AbdomenAtlas1.1Mini" if name == "abdomenatlas_1_1_mini" and n % 2 else ""
+            image = masks = root / deeper / case
+        axes = TURNS[n % 2]
+        made.append(write_nifti(p.hu, p, image / "ct.nii.gz", axes))
+        structures(p, masks / "segmentations", axes, (entry.labels or first).values())
+        if entry.labels:
+            write_nifti(numbered(p, entry.labels), p, masks / "combined_labels.nii.gz", axes)
     return made
 
 
-def _uid(*parts: object) -> str:
-    """A DICOM UID that depends on `parts` alone."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return f"2.25.{int.from_bytes(digest[:16], 'big')}"
+def _chaos(root: Path, cases: Cases, *, tests: int = 0) -> list[Path]:
+    """DICOM and PNG masks of the liver, under the ids of the original in order. File i and mask i belong together; in
+    every second case they run from head to foot."""
+    import imagecodecs
+
+    entry = CATALOGUE["chaos"]
+    everything = _parted(cases, tests)
+    train = len(everything) - tests
+    if train > len(entry.train_ids) or tests > len(entry.test_ids):
+        have = f"{len(entry.train_ids)} training and {len(entry.test_ids)} test cases"
+        raise ValueError(f"CHAOS has {have}, asked for {train} and {tests}")
+    ids = (*entry.train_ids[:train], *entry.test_ids)
+    made = []
+    for position, (n, p, test) in enumerate(everything):
+        case = root / ("Test_Sets" if test else "Train_Sets") / "CT" / ids[position]
+        order = range(len(p.hu)) if position % 2 == 0 else range(len(p.hu) - 1, -1, -1)
+        made.append(write_dicom(p, case / "DICOM_anon", n, order))
+        if not test:
+            (case / "Ground").mkdir(parents=True, exist_ok=True)
+            liver = numbered(p, {255: "liver"})
+            for i, z in enumerate(order):
+                (case / "Ground" / f"liver_GT_{i:03d}.png").write_bytes(imagecodecs.png_encode(liver[z]))
+    return made
 
 
-def write_dicom(phantom: Phantom, folder: Path, number: int, order: Iterable[int] | None = None) -> Path:
-    """One axial CT series, a file a slice in this order of z, stored as HU + 1024. Name, id and date are made up."""
-    import SimpleITK as sitk
-
-    folder.mkdir(parents=True, exist_ok=True)
-    image = _image(phantom.hu, phantom)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    series = {
-        "0008|0005": "ISO_IR 100",
-        "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",
-        "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
-        "0008|0012": "20200102",
-        "0008|0013": "030405",
-        "0008|0020": "20200102",
-        "0008|0030": "030405",
-        "0008|0060": "CT",
-        "0008|0070": "Axial",
-        "0010|0010": f"Phantom^Number{number}",
-        "0010|0020": f"PHANTOM{number:04d}",
-        "0018|0050": str(phantom.spacing[0]),
-        "0018|5100": "HFS",
-        "0020|000d": _uid(number, phantom.hu.shape, "study"),
-        "0020|000e": _uid(number, phantom.hu.shape, "series"),
-        "0020|0052": _uid(number, phantom.hu.shape, "frame"),
-        "0020|0011": "2",
-        "0028|1052": "-1024",
-        "0028|1053": "1",
-        "0028|1054": "HU",
-    }
-    for i, z in enumerate(range(len(phantom.hu)) if order is None else order):
-        one = image[:, :, z : z + 1]
-        own = {"0008|0018": _uid(number, phantom.hu.shape, "slice", z), "0020|0013": str(i + 1)}
-        for key, value in (series | own).items():
-            one.SetMetaData(key, value)
-        writer.SetFileName(str(folder / f"i{i:04d},0000b.dcm"))
-        writer.Execute(one)
-    return folder
+def _pancreas_ct(root: Path, cases: Cases) -> list[Path]:
+    """DICOM with rows from back to front, labels as NIfTI in a folder of their own."""
+    made = []
+    for n, p in cases:
+        series = Path("Pancreas-CT", f"PANCREAS_{n:04d}", "11-24-2015-Pancreas", "99667-Pancreas")
+        made.append(write_dicom(p, root / series, n, axes="LAS"))
+        label = root / "TCIA_pancreas_labels-02-05-2017" / f"label{n:04d}.nii.gz"
+        write_nifti(numbered(p, CATALOGUE["pancreas_ct"].labels or {}), p, label, "LAI")
+    return made
 
 
 LAYOUTS: Mapping[str, Writer] = MappingProxyType(
-    {"folder": _folder, "msd": _msd, "totalsegmentator": _totalsegmentator, "chaos": _chaos, "nnunet": _nnunet}
+    {
+        "folder": _folder,
+        "nnunet": _nnunet,
+        **{name: partial(_files, name) for name in _FILES},
+        **{name: partial(_msd, name) for name in CATALOGUE if name.startswith("msd_")},
+        **{name: partial(_atlas, name) for name in CATALOGUE if name.startswith("abdomenatlas_")},
+        "totalsegmentator": _totalsegmentator,
+        "chaos": _chaos,
+        "pancreas_ct": _pancreas_ct,
+    }
 )

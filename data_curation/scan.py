@@ -22,6 +22,7 @@ from data_curation.catalogue import Case
 from data_curation.checks import Limits, Verdict, check, repair
 from data_curation.index import read_part, unreadable
 from data_curation.likeness import SIDE, sign
+from data_curation.settings import Terms
 from data_curation.slices import Slice, SliceRule, checksum, content, cut, encode, sha256
 from data_curation.volumes import Volume, VolumeError, read
 
@@ -59,7 +60,7 @@ class ScanTask:
 
     case: Case
     dataset: str
-    licence: str
+    terms: Terms
     volume: str
     patient: str
     study: str
@@ -132,7 +133,8 @@ def _judged(task: ScanTask) -> tuple[Volume | None, Verdict, bool]:
 def _constants(task: ScanTask, volume: Volume) -> dict[str, Any]:
     depth, height, width = volume.hu.shape
     return {
-        "dataset": task.dataset, "licence": task.licence, "held_out": task.case.held_out,
+        "dataset": task.dataset, "licence": task.terms.licence, "commercial": task.terms.commercial,
+        "held_out": task.case.held_out,
         "volume": task.volume, "patient": task.patient, "study": task.study,
         "n_slices": depth, "frame_height": height, "frame_width": width, "box": task.rule.stored,
         "spacing_z": volume.spacing[0], "spacing_y": volume.spacing[1], "spacing_x": volume.spacing[2],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,9 +12,18 @@ from pydantic import Field, field_validator, model_validator
 from data_curation.catalogue import CATALOGUE
 from data_curation.checks import Limits
 from data_curation.slices import CODECS, DEFAULT_CODEC, SliceRule
+from launch.documents import near
 from launch.settings import Settings as Base
 
-__all__ = ["Evaluation", "Settings", "Source", "Splits"]
+__all__ = ["Evaluation", "Settings", "Source", "Splits", "Terms"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The licence of a data set, and whether it allows commercial use."""
+
+    licence: str
+    commercial: bool
 
 
 class Source(Base):
@@ -23,6 +33,14 @@ class Source(Base):
     root: Path = Field(description="folder of the data set")
     id: str = Field("", description="its name in the corpus, needed to use a catalogue name twice; default: the name")
     licence: str = Field("", description="its licence, where the catalogue does not know it")
+    commercial: bool | None = Field(None, description="may it be used commercially; default: what the catalogue says")
+
+    @property
+    def terms(self) -> Terms:
+        """What a user says, else what the catalogue does."""
+        known = CATALOGUE[self.name]
+        commercial = known.commercial if self.commercial is None else self.commercial
+        return Terms(self.licence or known.licence, commercial)
 
     @property
     def called(self) -> str:
@@ -33,7 +51,7 @@ class Source(Base):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in CATALOGUE:
-            raise ValueError(f"no data set is called {name!r}; there are: {', '.join(CATALOGUE)}")
+            raise ValueError(f"no data set is called {name!r}{near(name, CATALOGUE)}; there are: {', '.join(CATALOGUE)}")
         return name
 
 
@@ -71,6 +89,9 @@ class Settings(Base):
     datasets: tuple[Source, ...] = Field(min_length=1, description="data sets, the preferred copy of a scan first")
     evaluation: tuple[Evaluation, ...] = Field(
         (), description="labelled data sets of one's own whose test and validation scans must stay out, under any name"
+    )
+    licence: Literal["any", "commercial"] = Field(
+        "any", description="commercial: leave out data sets that may not be used commercially"
     )
     limits: Limits = Field(Limits(), description="what a volume must satisfy")
     slices: SliceRule = Field(SliceRule(), description="which slices of a volume are kept")

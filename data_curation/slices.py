@@ -52,7 +52,7 @@ class Codec:
     """A lossless pair: int16 [Y, X] -> bytes -> the same int16 [Y, X]."""
 
     encode: Callable[[NDArray[np.int16]], bytes]
-    decode: Callable[[bytes], NDArray[np.int16]]
+    decode: Callable[[bytes | memoryview], NDArray[np.int16]]
 
 
 def _encode_htj2k(hu: NDArray[np.int16]) -> bytes:
@@ -61,7 +61,7 @@ def _encode_htj2k(hu: NDArray[np.int16]) -> bytes:
     return bytes(imagecodecs.htj2k_encode(hu))
 
 
-def _decode_htj2k(data: bytes) -> NDArray[np.int16]:
+def _decode_htj2k(data: bytes | memoryview) -> NDArray[np.int16]:
     import imagecodecs
 
     hu: NDArray[np.int16] = imagecodecs.htj2k_decode(data)
@@ -75,7 +75,7 @@ def _encode_png(hu: NDArray[np.int16]) -> bytes:
     return bytes(imagecodecs.png_encode(hu.view(np.uint16) ^ np.uint16(0x8000), level=1, out=room))
 
 
-def _decode_png(data: bytes) -> NDArray[np.int16]:
+def _decode_png(data: bytes | memoryview) -> NDArray[np.int16]:
     import imagecodecs
 
     stored: NDArray[np.uint16] = imagecodecs.png_decode(data)
@@ -91,7 +91,7 @@ def _encode_blosc2(hu: NDArray[np.int16]) -> bytes:
     return struct.pack("<HH", *hu.shape) + bytes(packed)
 
 
-def _decode_blosc2(data: bytes) -> NDArray[np.int16]:
+def _decode_blosc2(data: bytes | memoryview) -> NDArray[np.int16]:
     import imagecodecs
 
     if len(data) <= _SIZES or 0 in (shape := struct.unpack_from("<HH", data)):
@@ -120,7 +120,7 @@ def encode(hu: NDArray[np.int16], codec: str = DEFAULT_CODEC) -> bytes:
     return _codec(codec).encode(np.ascontiguousarray(hu))
 
 
-def decode(data: bytes, codec: str = DEFAULT_CODEC) -> NDArray[np.int16]:
+def decode(data: bytes | memoryview, codec: str = DEFAULT_CODEC) -> NDArray[np.int16]:
     """The slice, int16 [Y, X], writable.
 
     Damaged HTJ2K may decode to other pixels without an error, or not end: compare a checksum of the bytes first, as
@@ -153,7 +153,7 @@ def content(hu: NDArray[np.int16]) -> str:
     return hashlib.sha256(repr(hu.shape).encode() + clipped.astype("<i2", copy=False).tobytes()).hexdigest()[:32]
 
 
-def checksum(data: bytes) -> int:
+def checksum(data: bytes | memoryview) -> int:
     """CRC-32 of stored bytes, by zlib-ng where imagecodecs has it: a seventh of the time of Python's own zlib."""
     import imagecodecs
 

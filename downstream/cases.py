@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field, model_validator
 
+from data_curation.folds import FOLD, FOLDS, drawn, fold_of
 from launch import settings as base
 
 __all__ = [
@@ -73,12 +73,13 @@ class Dataset:
 
 
 class Split(base.Settings):
-    """Which cases validate: named ones, or a fraction, or one fold. By case name, so the same on every machine."""
+    """Which cases validate: named ones, or a fraction, or one fold. By the numbers in their names, so the same on every
+    machine; the default fold of a whole benchmark is the one that curation holds out."""
 
     fold: int = Field(
-        0, ge=0, description="which of the folds validates (used when neither val nor val_fraction is given)"
+        FOLD, ge=0, description="which of the folds validates (used when neither val nor val_fraction is given)"
     )
-    folds: int = Field(5, ge=2, description="how many folds the cases are cut into")
+    folds: int = Field(FOLDS, ge=2, description="how many folds the cases are cut into")
     val: tuple[str, ...] | None = Field(None, description="names of the validation cases; an empty list: no validation")
     val_fraction: float | None = Field(None, gt=0, lt=1, description="share of the cases that validates")
 
@@ -99,16 +100,12 @@ def split(names: Sequence[str], settings: Split) -> tuple[list[str], list[str]]:
         if unknown:
             raise CaseError(f"split.val names {unknown}, which the data set does not have; it has {_some(ordered)}")
         held = set(settings.val)
+    elif settings.val_fraction is not None:
+        held = set(drawn(ordered)[: max(1, round(len(ordered) * settings.val_fraction))])
+    elif len(ordered) < settings.folds:
+        raise CaseError(f"{len(ordered)} case(s) cannot make {settings.folds} folds; set split.val to a list of names")
     else:
-        shuffled = [ordered[i] for i in np.random.default_rng(12345).permutation(len(ordered))]
-        if settings.val_fraction is not None:
-            held = set(shuffled[: max(1, round(len(ordered) * settings.val_fraction))])
-        elif len(ordered) < settings.folds:
-            raise CaseError(
-                f"{len(ordered)} case(s) cannot make {settings.folds} folds; set split.val to a list of names"
-            )
-        else:
-            held = set(shuffled[settings.fold :: settings.folds])
+        held = set(fold_of(ordered, settings.fold, settings.folds))
     if len(held) >= len(ordered):
         raise CaseError(f"all {len(ordered)} case(s) are for validation, none is left to train on; change `split`")
     return [name for name in ordered if name not in held], [name for name in ordered if name in held]

@@ -28,10 +28,17 @@ class Verb:
     settings: str
     run: bool = False
     ranks: bool = False  # several processes may share its work
+    word: str = ""  # setting that the word after the verb fills, where that word is no settings file
 
 
 VERBS = {
     "demo": Verb("the whole way in minutes, without data", "downstream.demo:main", "downstream.demo:Settings"),
+    "catalogue": Verb(
+        "the public CT sets: licences, how to obtain one, what of it is there",
+        "data_curation.obtain:main",
+        "data_curation.obtain:Settings",
+        word="name",
+    ),
     "curate": Verb(
         "public CT sets -> a corpus of shards", "data_curation.curate:main", "data_curation.curate:Settings", run=True
     ),
@@ -152,7 +159,15 @@ def _parse(words: Sequence[str]) -> Command:
             raise UsageError(f"one CONFIG is expected, got {config} and {word}; settings are written key=value")
     if verb and verb not in VERBS:
         raise UsageError(f"no such verb {verb!r}{near(verb, VERBS)} (there are: {', '.join(VERBS)})")
+    if verb and VERBS[verb].word and config is not None and not _is_file(config):
+        overrides.insert(0, f"{VERBS[verb].word}={config}")
+        config = None
     return Command(verb, config, tuple(overrides), cluster, frozenset(flags))
+
+
+def _is_file(word: str) -> bool:
+    """A settings file, there or meant."""
+    return word.endswith((".yaml", ".yml")) or os.path.isfile(word)
 
 
 def _told(command: Command) -> str | None:
@@ -178,7 +193,8 @@ def _verb_help(name: str) -> str:
     verb = VERBS[name]
     rows = describe(resolve(verb.settings))
     wide = min(max((len(row.key) for row in rows), default=0), 44)
-    lines = [f"axial {name} [CONFIG.yaml] [key=value ...]: {verb.meaning}", ""]
+    first = f"{verb.word.upper()} | CONFIG.yaml" if verb.word else "CONFIG.yaml"
+    lines = [f"axial {name} [{first}] [key=value ...]: {verb.meaning}", ""]
     for row in rows:
         default = row.default if row.default == "required" else f"default {row.default or 'empty'}"
         lines.append(f"  {row.key:<{wide}}  {row.type}, {default}")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from data_curation.curate import Settings, Source, main
 
@@ -16,14 +17,20 @@ WriteScan = Callable[..., NDArray[np.int16]]
 
 
 def _scan(seed: int, depth: int = 12, side: int = 40) -> NDArray[np.int16]:
-    """Air with noise round an ellipse of soft tissue that holds lung and bone, int16 HU [Z, Y, X]."""
+    """Air with noise round an ellipse of soft tissue that holds lung and bone, int16 HU [Z, Y, X].
+
+    Another seed is another patient: tissue, lung and bone vary smoothly from place to place as the seed draws them.
+    """
     draw = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : (side + 8) * 1j]
-    radius = np.hypot(y, x * 1.2)
-    plane = np.where(radius < 0.8, 40, -1000)
-    plane = np.where(radius < 0.45, -850, plane)
-    plane = np.where(np.hypot(y - 0.6, x) < 0.12, 700, plane)
-    return (plane + draw.integers(-25, 26, (depth, *plane.shape))).astype(np.int16)
+    coarse = draw.normal(size=(5, 8, 8))
+    organs = ndimage.zoom(coarse, (depth / 5, side / 8, (side + 8) / 8), order=3, grid_mode=True, mode="nearest")
+    tissue = 40 + 90 * organs
+    high, left = draw.uniform(-0.3, 0.3, 2)
+    tissue = np.where(np.hypot(y - high, x - left) < 0.35 + 0.1 * organs, -850, tissue)
+    tissue = np.where(np.hypot(y - 0.6, x) < 0.12, 700, tissue)
+    body = np.hypot(y, x * 1.2) < 0.8
+    return (np.where(body, tissue, -1000) + draw.integers(-25, 26, tissue.shape)).astype(np.int16)
 
 
 @pytest.fixture(scope="session")

@@ -101,8 +101,12 @@ def test_an_absent_shard_is_named(copy: Path) -> None:
         one.hu(0)
 
 
-def test_a_short_shard_is_named(copy: Path) -> None:
-    one = Corpus(copy, None, duplicates=True)
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_short_shard_is_named(copy: Path, mapped: bool, opened: bool) -> None:
+    one = Corpus(copy, None, duplicates=True, mapped=mapped)
+    if opened:
+        one.hu(0)
     index = read_index(copy)
     last = next(i for i in reversed(range(len(index))) if index["shard"][i].as_py() == index["shard"][0].as_py())
     path = copy / "shards" / index["shard"][0].as_py()

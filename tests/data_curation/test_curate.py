@@ -139,6 +139,28 @@ def test_held_out_cases_and_their_copies_stay_out(tmp_path: Path, write_scan: Wr
     assert set(index["held_out"].to_pylist()) == {"", "official test set"}
 
 
+def test_a_corpus_for_commercial_use(tmp_path: Path, write_scan: WriteScan) -> None:
+    write_scan(tmp_path / "LiTS" / "Training Batch 1" / "volume-5.nii", 1)
+    write_scan(tmp_path / "spleen" / "Task09_Spleen" / "imagesTr" / "spleen_2.nii.gz", 2)
+    write_scan(tmp_path / "ours" / "p" / "ct.nii.gz", 3)
+    datasets = [
+        {"name": "lits", "root": tmp_path / "LiTS"},
+        {"name": "msd_spleen", "root": tmp_path / "spleen"},
+        {"name": "folder", "root": tmp_path / "ours", "licence": "ours", "commercial": True},
+    ]
+    given = {"datasets": datasets, "workers": 1}
+    main(Settings.model_validate({"folder": tmp_path / "corpus", **given, "licence": "commercial"}))
+    index = read_index(tmp_path / "corpus")
+    assert set(index["dataset"].to_pylist()) == {"msd_spleen", "folder"}
+    assert all(index["commercial"].to_pylist())
+    (row,) = refusals(tmp_path / "corpus")
+    assert (row["source"], row["reason"]) == ("Training Batch 1/volume-5.nii", "licence")
+    assert "CC BY-NC-ND 4.0 does not allow it" in row["detail"]
+    main(Settings.model_validate({"folder": tmp_path / "all", **given}))
+    rows = read_index(tmp_path / "all").to_pylist()
+    assert {row["dataset"]: row["commercial"] for row in rows} == {"lits": False, "msd_spleen": True, "folder": True}
+
+
 def test_two_data_sets_need_two_names(tmp_path: Path, scans: Path) -> None:
     datasets = [{"name": "folder", "root": scans}, {"name": "folder", "root": tmp_path}]
     with pytest.raises(ValueError, match="two data sets are called folder: give each its own `id:`"):

@@ -96,15 +96,9 @@ def test_a_patient_is_the_same_on_another_grid() -> None:
     assert same[either].mean() > 0.99
 
 
-def test_field_of_view_centre_padding_and_noise() -> None:
+def test_field_of_view_and_noise() -> None:
     near = make(1, (4, 64, 64), fov_mm=320.0)
     assert near.spacing == (5.0, 5.0, 5.0)
-    up = make(1, (3, 40, 40), (5.0, 9.0, 9.0), noise_hu=0.0, centre_mm=10.0)
-    whole = make(1, (7, 40, 40), (5.0, 9.0, 9.0), noise_hu=0.0)
-    assert np.array_equal(up.labels, whole.labels[4:])
-    padded = make(1, SMALL, padding=-3024)
-    assert (padded.hu[:, 0, 0] == -3024).all()
-    assert padded.hu[5, 24, 24] > -1025
     clean, noisy = make(1, noise_hu=0.0), make(1, noise_hu=20.0)
     assert (noisy.hu.astype(int) - clean.hu)[clean.hu > -900].std() == pytest.approx(20, rel=0.25)
 
@@ -117,8 +111,9 @@ def test_wrong_requests_are_refused(wrong: dict[str, object]) -> None:
         make(0, **{"shape": SMALL, **wrong})
 
 
-def test_one_slice_is_enough() -> None:
-    assert make(0, (1, 32, 32)).hu.shape == (1, 32, 32)
+@pytest.mark.parametrize("shape", [(1, 32, 32), (1, 1, 1)])
+def test_one_slice_or_voxel_is_enough(shape: tuple[int, int, int]) -> None:
+    assert make(0, shape).hu.shape == shape
 
 
 def same_place(phantom: Phantom, path: Path, values: np.ndarray) -> None:
@@ -175,15 +170,50 @@ def test_nnunet(tmp_path: Path) -> None:
 
 def test_msd(tmp_path: Path) -> None:
     spacing = (16.0, 7.0, 7.0)
-    made = write("msd", tmp_path, [2, 3], SMALL, spacing, tests=1)
+    made = write("msd_spleen", tmp_path, [2, 3], SMALL, spacing, tests=1)
     described = json.loads((tmp_path / "Task09_Spleen" / "dataset.json").read_text())
     assert described["training"] == [{"image": "./imagesTr/spleen_2.nii.gz", "label": "./labelsTr/spleen_2.nii.gz"}]
     assert described["test"] == ["./imagesTs/spleen_3.nii.gz"]
+    assert described["labels"] == {"0": "background", "1": "spleen"}
     phantom = make(2, SMALL, spacing)
     same_place(phantom, made[0], phantom.hu)
     same_place(phantom, tmp_path / "Task09_Spleen/labelsTr/spleen_2.nii.gz", phantom.labels == 2)
-    with pytest.raises(ValueError, match="Task01_BrainTumour"):
-        write("msd", tmp_path, [0], SMALL, task="Task01_BrainTumour")
+    assert (tmp_path / "Task09_Spleen/imagesTr/._spleen_2.nii.gz").is_file()
+
+
+def test_kits_has_its_slices_along_the_first_stored_axis(tmp_path: Path) -> None:
+    (image,) = write("kits23", tmp_path, [3], (6, 48, 40), (16.0, 7.0, 7.0))
+    stored = sitk.ReadImage(str(image))
+    assert stored.GetSize() == (6, 48, 40)
+    assert stored.GetSpacing() == pytest.approx((16, 7, 7))
+    phantom = make(3, (6, 48, 40), (16.0, 7.0, 7.0))
+    same_place(phantom, image, phantom.hu)
+    label = image.with_name("segmentation.nii.gz")
+    same_place(phantom, label, np.isin(phantom.labels, (3, 4)))
+
+
+def test_some_of_lits_has_lost_its_header(tmp_path: Path) -> None:
+    whole, bare = write("lits", tmp_path, [27, 28], SMALL, (16.0, 7.0, 7.0))
+    assert whole.parent.name == "Training Batch 1"
+    assert bare.parent.name == "Training Batch 2"
+    assert sorted(sitk.ReadImage(str(whole)).GetSpacing()) == pytest.approx([7, 7, 16])
+    lost = sitk.ReadImage(str(bare))
+    assert (lost.GetSpacing(), lost.GetOrigin()) == ((1, 1, 1), (0, 0, 0))
+    assert lost.GetDirection() == (-1, 0, 0, 0, -1, 0, 0, 0, 1)  # the identity, in NIfTI's axes
+    affine = np.frombuffer(bare.read_bytes()[280:328], np.float32).reshape(3, 4)
+    assert np.array_equal(affine, np.eye(4)[:3])
+
+
+def test_pancreas_ct_has_rows_from_back_to_front(tmp_path: Path) -> None:
+    (folder,) = write("pancreas_ct", tmp_path, [7], SMALL, (16.0, 7.0, 7.0))
+    phantom = make(7, SMALL, (16.0, 7.0, 7.0))
+    same_place(phantom, folder, phantom.hu)
+    files = [pydicom.dcmread(file) for file in sorted(folder.iterdir())]
+    assert {tuple(file.ImageOrientationPatient) for file in files} == {(1, 0, 0, 0, -1, 0)}
+    stored = files[4].pixel_array * float(files[4].RescaleSlope) + float(files[4].RescaleIntercept)
+    assert np.array_equal(stored, phantom.hu[4, ::-1])
+    label = tmp_path / "TCIA_pancreas_labels-02-05-2017/label0007.nii.gz"
+    same_place(phantom, label, phantom.labels == 7)
 
 
 def test_totalsegmentator(tmp_path: Path) -> None:
@@ -226,9 +256,15 @@ def test_chaos_is_valid_dicom_with_masks_in_file_order(tmp_path: Path) -> None:
     assert len(identifiers) == 2 * SMALL[0]
 
 
-def test_unknown_layout_names_the_known(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="folder, msd, totalsegmentator, chaos, nnunet"):
+def test_unknown_layouts_and_options_name_the_known(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="folder, nnunet, btcv, lits"):
         write("bids", tmp_path, [0])
+    with pytest.raises(ValueError, match="layout chaos has no organs; it has tests"):
+        write("chaos", tmp_path, [0], SMALL, organs=["liver"])
+    with pytest.raises(ValueError, match="kits23 has no place of its own for test cases"):
+        write("kits23", tmp_path, [0], SMALL, tests=1)
+    with pytest.raises(ValueError, match="20 training and 20 test cases, asked for 0 and 21"):
+        write("chaos", tmp_path, range(21), (1, 4, 4), tests=21)
 
 
 def test_files_are_the_same_bytes_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from data_curation.catalogue import CATALOGUE
+from data_curation.folds import fold_of
 from downstream.cases import CaseError, Split, case_name, open_dataset, split
 from downstream.prepared import dataset_window, prepare, prepare_case, resample, target_size
 
@@ -214,6 +217,15 @@ def test_folds_are_disjoint_whole_and_the_same_in_any_order() -> None:
     assert len(split(names, Split(val_fraction=0.1))[1]) == 2
     assert split(names, Split(val=("c003",)))[1] == ["c003"]
     assert split(names, Split(val=()))[1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "spelt"), [("lits", "liver_{}"), ("kits23", "KiTS2023_{:05d}"), ("btcv", "img{:04d}")]
+)
+def test_the_default_fold_of_a_benchmark_is_what_curation_holds_out(name: str, spelt: str) -> None:
+    numbers = [int(re.findall("[0-9]+", patient)[-1]) for patient in CATALOGUE[name].train_ids]
+    held = {int(re.findall("[0-9]+", patient)[-1]) for patient in fold_of(CATALOGUE[name].train_ids)}
+    assert set(split([spelt.format(n) for n in numbers], Split())[1]) == {spelt.format(n) for n in held}
 
 
 def test_splits_that_cannot_be_made_are_refused() -> None:

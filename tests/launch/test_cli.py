@@ -186,8 +186,28 @@ def test_help_lists_verbs_and_settings(capsys: pytest.CaptureFixture[str]) -> No
 def test_every_verb_names_a_main_of_one_argument_and_settings_with_a_folder() -> None:
     for name, verb in VERBS.items():
         model, target = resolve(verb.settings), resolve(verb.main)
-        assert "folder" in model.model_fields, name
+        assert (verb.word or "folder") in model.model_fields, name
         assert len(inspect.signature(target).parameters) == 1, name
+
+
+def test_a_word_that_is_no_file_fills_the_setting_of_the_verb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(VERBS, "toy", Verb("a toy", "toy_verb:main", "toy_verb:Settings", run=True, word="mode"))
+    assert main(["toy", "stopped", "folder=a"]) == 130
+    Path("fine").write_text("mode: not_ok\n")
+    assert main(["toy", "fine", "folder=b"]) == 1  # a file of that name is the settings
+    Path("c.yaml").write_text("mode: not_ok\n")
+    assert main(["toy", "c.yaml", "folder=c"]) == 1
+    capsys.readouterr()
+    assert main(["toy", "d.yaml", "folder=d"]) == 2
+    assert capsys.readouterr().err.startswith("axial toy: no such settings file d.yaml")
+    assert main(["toy", "stoped", "folder=e"]) == 2
+    assert "mode: " in capsys.readouterr().err
+    assert main(["toy", "fine", "stopped"]) == 2
+    assert "one CONFIG is expected, got fine and stopped" in capsys.readouterr().err
+    assert main(["toy", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("axial toy [MODE | CONFIG.yaml] [key=value ...]: a toy\n")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
