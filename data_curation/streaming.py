@@ -168,8 +168,9 @@ class _Reader:
             if (self.split is None or split == self.split) and (self.duplicates or not duplicate):
                 yield url, key, ending, data, facts
         if missing and rows is not None:
-            lost = f"{len(rows) - len(missing)} of {len(rows)} samples came, the first that did not is {next(iter(missing))}"
-            raise CorpusError(f"{url}: {lost}; {_COPY}, or see `axial verify`")
+            came = f"{len(rows) - len(missing)} of {len(rows)} samples came"
+            first = next(iter(missing))
+            raise CorpusError(f"{url}: {came}, the first that did not is {first}; {_COPY}, or see `axial verify`")
 
     def _rows(self, url: str) -> dict[str, tuple[str, bool, int]] | None:
         """What the index says of a shard: (split, duplicate, checksum) by key; None where there is no index."""

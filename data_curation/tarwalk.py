@@ -12,9 +12,10 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["BLOCK", "Broken", "Member", "blocks", "walk"]
+from data_curation.shards import BLOCK, OWNER
 
-BLOCK = 512
+__all__ = ["Broken", "Member", "blocks", "walk"]
+
 _CHUNK = 1 << 20
 
 
@@ -91,7 +92,7 @@ def _canonical(info: tarfile.TarInfo) -> bytes:
     """The header that a shard's writer gives a file of this name and size."""
     wanted = tarfile.TarInfo(info.name)
     wanted.size, wanted.mode, wanted.mtime = info.size, 0o644, 0
-    wanted.uname = wanted.gname = "axial"
+    wanted.uname = wanted.gname = OWNER
     try:
         return wanted.tobuf(tarfile.USTAR_FORMAT)
     except ValueError:  # a name that does not fit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_curation.index import INDEX, SCHEMA, CorpusError, read_part
+from data_curation.shards import BLOCK
 from data_curation.shards import _facts as facts_of
 from data_curation.slices import SliceError, checksum, decode, sha256
 from data_curation.spans import Span, rows_of
-from data_curation.tarwalk import BLOCK, Broken, Member, blocks, walk
+from data_curation.tarwalk import Broken, Member, blocks, walk
 
 __all__ = ["AGAIN", "Fault", "check_shard"]
 
@@ -78,7 +79,8 @@ def _row_faults(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"has the split {row['split']!r} and the reason for exclusion {row['excluded']!r}"
     group = row["shard"].rpartition("-")[0]
     if row["duplicate"] != (group == "duplicates") or (group in ("train", "val") and row["written"] not in (group, "")):
-        yield f"is of the split {row['written']!r} and {'' if row['duplicate'] else 'no '}duplicate, and lies in {group}"
+        kind = f"of the split {row['written']!r} and {'' if row['duplicate'] else 'no '}duplicate"
+        yield f"is {kind}, and lies in {group}"
 
 
 def _written(folder: Path, shard: str, table: pa.Table) -> list[dict[str, Any]]:
@@ -159,10 +161,8 @@ class _Tar:
         """Walks the tar from its first byte to its last."""
         starts: dict[int, str] = {}
         for row in self.rows.values():
-            first, second = _order(row)
             starts[row["offset"] - BLOCK] = f"{row['key']}.{row['codec']}"
-            if first == row["codec"]:
-                starts[row["offset"] + blocks(row["size"])] = f"{row['key']}.{second}"
+            starts[row["offset"] + blocks(row["size"])] = f"{row['key']}.json"
         for one in walk(descriptor, os.fstat(descriptor).st_size, sorted(starts)):
             if isinstance(one, Broken):
                 name = starts.get(one.at, "")
@@ -182,7 +182,7 @@ class _Tar:
         if self.met[one.name] > 1:
             self.say(key, f"{one.name} is there more than once")
             return
-        if ending not in _order(row):
+        if ending not in (row["codec"], "json"):
             self.say(key, f"{one.name} is no part of a sample")
             return
         if not one.plain:
@@ -238,15 +238,10 @@ class _Tar:
             others = f", and {len(self.moved) - 1} later samples too" if len(self.moved) > 1 else ""
             self.say(key, f"begins at byte {there:,}, the index says {wanted:,}{others}")
         for row in self.rows.values():
-            names = [f"{row['key']}.{ending}" for ending in _order(row)]
+            names = [f"{row['key']}.{ending}" for ending in (row["codec"], "json")]
             lost = [name for name in names if not self.met[name] and name not in self.told]
             if lost:
                 self.say(row["key"], f"{' and '.join(lost)} cannot be found in the shard")
-
-
-def _order(row: Mapping[str, Any]) -> Sequence[str]:
-    """The endings of a sample's members as they follow each other."""
-    return sorted((row["codec"], "json"))
 
 
 def _same(name: str, stored: object, wanted: object) -> bool:
