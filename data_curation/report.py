@@ -1,4 +1,5 @@
-"""`axial report folder=CORPUS`: what is in a corpus, what was left out and why, and the proof that its splits are apart.
+"""`axial report folder=CORPUS`: what is in a corpus, what was left out and why, the proof that its splits are
+apart, and under which licences it may be used.
 
 Reads what `axial curate` left and a few slices; writes report.html (one file, readable without a network) and
 report.png beside them. Both may be published: they name data sets and hashes, no file, path or person. Nothing else in

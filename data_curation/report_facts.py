@@ -20,7 +20,7 @@ from data_curation.proofs import Proof, proofs
 from data_curation.report_volumes import Volumes, read_volumes
 from data_curation.spans import spans
 
-__all__ = ["HU_EDGES", "DataSetFacts", "Duplicates", "Facts", "SplitFacts", "Tile", "gather"]
+__all__ = ["HU_EDGES", "SIZE_EDGES", "DataSetFacts", "Duplicates", "Facts", "SplitFacts", "Tile", "gather"]
 
 HU_EDGES = np.linspace(-1100, 1300, 121)
 SIZE_EDGES = np.linspace(0, 400, 81)  # kB of a stored slice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +13,6 @@ from numpy.typing import NDArray
 from data_curation.index import read_index
 
 __all__ = ["Volumes", "read_volumes"]
-
-TEXTS = {
-    "dataset": "dataset", "patient": "patient", "group": "duplicate_group", "split": "split", "licence": "licence",
-    "held_out": "held_out", "excluded": "excluded",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,10 @@ class Volumes:
         """Those of one data set."""
         rows = [i for i, name in enumerate(self.dataset) if name == dataset]
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        picked = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in columns.items()}
+        picked: dict[str, Any] = {
+            name: column[rows] if isinstance(column, np.ndarray) else [column[i] for i in rows]
+            for name, column in columns.items()
+        }
         return type(self)(**picked)
 
 
@@ -68,7 +66,7 @@ def read_volumes(folder: Path) -> Volumes:
         product = np.ones(len(code))
         for column in columns:
             product = product * table[column].to_numpy()
-        return np.bincount(code, product, count)[order]
+        return np.bincount(code, product, count)[order].astype(np.float64, copy=False)
 
     def once(column: str) -> pa.ChunkedArray:
         """What is the same for all slices of a volume."""
@@ -76,7 +74,13 @@ def read_volumes(folder: Path) -> Volumes:
 
     return Volumes(
         name=[names[i] for i in order],
-        **{name: once(column).to_pylist() for name, column in TEXTS.items()},
+        dataset=once("dataset").to_pylist(),
+        patient=once("patient").to_pylist(),
+        group=once("duplicate_group").to_pylist(),
+        split=once("split").to_pylist(),
+        licence=once("licence").to_pylist(),
+        held_out=once("held_out").to_pylist(),
+        excluded=once("excluded").to_pylist(),
         commercial=once("commercial").to_numpy().astype(bool),
         between=once("spacing_z").to_numpy(),
         within=once("spacing_x").to_numpy(),
