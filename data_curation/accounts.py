@@ -1,5 +1,5 @@
-"""What became of every file and slice: private/refused.csv for the user; refused.parquet, left_out.parquet and corpus.json
-for whoever gets the shards; the summary."""
+"""What became of every file and slice: private/refused.csv for the user; refused.parquet, left_out.parquet and
+corpus.json for whoever gets the shards; the summary."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ __all__ = [
 ]
 
 REFUSED = pa.schema([(name, pa.string()) for name in ("dataset", "volume", "reason")])
-LEFT_OUT = pa.schema(
-    [("dataset", pa.string()), ("volume", pa.string()), ("z", pa.int32()), ("reason", pa.string())]
-)
+LEFT_OUT = pa.schema([("dataset", pa.string()), ("volume", pa.string()), ("z", pa.int32()), ("reason", pa.string())])
 REFUSALS = Path("private", "refused.csv")  # file names of the user's, hence private
 PACKAGES = ("axial-ct", "SimpleITK", "imagecodecs", "numpy", "pyarrow", "webdataset")
 
@@ -70,7 +68,9 @@ def write_refused(folder: Path, refused: Sequence[Refused]) -> None:
     _write_csv(folder / REFUSALS, names, [[getattr(one, name) for name in names] for one in refused])
 
 
-def write_left_out(folder: Path, volumes: Iterable[tuple[str, str, Sequence[tuple[int, str]]]]) -> Counter[tuple[str, str]]:
+def write_left_out(
+    folder: Path, volumes: Iterable[tuple[str, str, Sequence[tuple[int, str]]]]
+) -> Counter[tuple[str, str]]:
     """left_out.parquet: the slices of kept volumes (data set, volume, [(z, reason)]) that the slice rule left out.
 
     Returns how many there are by data set and reason.

@@ -177,7 +177,7 @@ class _File:
             self.view = memoryview(mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ))
 
     def read(self, size: int, offset: int) -> bytes | memoryview:
-        """`size` bytes, or as many as there are. What was cut off since must not be touched: the system would kill us."""
+        """`size` bytes, or as many as there are: who touches mapped bytes that were cut off since is killed."""
         if self.view is None:
             return os.pread(self.descriptor, size, offset)
         return self.view[offset : min(offset + size, os.fstat(self.descriptor).st_size)]
@@ -191,9 +191,7 @@ _GIVEN = ("folder", "split", "datasets", "duplicates", "frame", "verify", "mappe
 _REMEDY = "copy the shard again, or delete it and run the same `axial curate` again"
 
 
-def _codes(
-    column: pa.ChunkedArray, chosen: NDArray[np.bool_] | None = None
-) -> tuple[list[str], NDArray[np.int32]]:
+def _codes(column: pa.ChunkedArray, chosen: NDArray[np.bool_] | None = None) -> tuple[list[str], NDArray[np.int32]]:
     """The distinct texts of a column read as codes, and for each (chosen) row which of them it has."""
     whole = column.unify_dictionaries().combine_chunks()
     if isinstance(whole, pa.ChunkedArray):  # of no rows

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import re
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from data_curation.accounts import (
@@ -29,23 +26,19 @@ from data_curation.accounts import (
     write_sources,
 )
 from data_curation.aside import sweep
-from data_curation.finished import FINISHED, changed, read_finished, write_finished
-from data_curation.index import INDEX, fingerprint, link, merge
+from data_curation.finished import changed, read_finished, write_finished
+from data_curation.index import fingerprint, link, merge
 from data_curation.listing import CurateError, gather
 from data_curation.plan import Candidate, Plan, PlanRules, plan
-from data_curation.pool import each, workers_for
 from data_curation.relatives import relatives
-from data_curation.scan import SCAN, Scan, ScanTask, has_spool, marks, read_constants, read_scan, scan, spool_path
+from data_curation.scan import SCAN, Scan, ScanTask, marks, read_constants
 from data_curation.settings import Settings, Source, Splits
-from data_curation.shards import Shard, is_written, write_shard
-from launch.progress import Progress
+from data_curation.shards import Shard
+from data_curation.work import known, scan_all, write_all
+from launch.crew import Crew, Workers, workers_for
 from launch.run import Outcome
 
 __all__ = ["CurateError", "Settings", "Source", "Splits", "dry_run", "main"]
-
-OURS = re.compile(r"(train|val|duplicates)-\d+\.(tar|parquet)")  # names of shards and their rows
-
-SHARDS_A_WORKER = 8  # a process that writes imports webdataset, hence torch: seconds, where a shard takes one
 
 
 def dry_run(settings: Settings) -> str:
@@ -62,26 +55,27 @@ def dry_run(settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def main(settings: Settings) -> Outcome:
-    """Makes, completes or extends the corpus in `settings.folder`."""
+def main(settings: Settings, crew: Crew | None = None) -> Outcome:
+    """Makes, completes or extends the corpus in `settings.folder`; without a crew by `workers` processes."""
     start = time.monotonic()
-    folder, workers = settings.folder, workers_for(settings.workers)
+    folder = settings.folder
+    crew = (crew or Workers(workers_for(settings.workers))).limited(settings.timeout_s, settings.memory_gib)
     _refuse_foreign(folder)
     for part in (Path("shards"), Path("rows"), SCAN):
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "private").chmod(0o700)
-    with _alone(folder):
+    with _alone(folder), crew.open() as each:
         for part in (Path(), Path("shards"), Path("rows"), SCAN, Path("private")):
             sweep(folder / part)
         tasks, refused = gather(settings)
         finished = _finished(settings, tasks)
-        scans = _known(folder, tasks)
+        scans = known(folder, tasks)
         new = [task for task in tasks if task.volume not in scans]
-        _scan(folder, new, scans, workers)
+        scans |= scan_all(folder, new, each)
         planned = _plan(settings, tasks, scans, refused, finished)
-        again = _write_all(folder, planned, tasks, scans, workers, bool(finished))
+        again = write_all(folder, planned, tasks, scans, each, bool(finished))
         read = sum(scans[task.volume].slices for task in new) + again
-        outcome = _finish(settings, tasks, scans, planned, refused, (read, time.monotonic() - start))
+        outcome = _finish(settings, tasks, planned, refused, (read, time.monotonic() - start))
         write_finished(folder, planned.shards, extended=bool(finished))
         return outcome
 
@@ -112,45 +106,14 @@ def _finished(settings: Settings, tasks: Sequence[ScanTask]) -> tuple[Shard, ...
         return ()
     lost = changed(shards, {task.volume: task.stamp for task in tasks})
     if lost:
-        names = {task.volume: _named(task) for task in tasks}
-        example = names.get(lost[0], f"volume {lost[0]}, see {settings.folder / 'private' / 'sources.csv'}")
         raise CurateError(
-            f"{len(lost)} volume(s) of the finished shards are gone or were changed, such as {example}: an extended "
-            "corpus needs all its earlier data sets, files and rules; restore them, or curate into another folder="
+            f"{len(lost)} volume(s) of the finished shards are gone or were changed, such as {lost[0]} "
+            "(private/sources.csv names its file): an extended corpus needs all its earlier data, unchanged; "
+            "restore them, or curate into another folder="
         )
     if not extended:
         write_finished(settings.folder, shards, extended=True)  # from here on a run without extend= must not replan
     return shards
-
-
-def _named(task: ScanTask) -> str:
-    return f"{task.dataset}: {task.case.source}"
-
-
-def _known(folder: Path, tasks: Sequence[ScanTask]) -> dict[str, Scan]:
-    """The verdicts of earlier runs that stand, since neither files nor rules have changed.
-
-    Those of volumes that are gone are removed; the rest are made again.
-    """
-    volumes = {task.volume for task in tasks}
-    for path in (folder / SCAN).iterdir():
-        if path.name.partition(".")[0] not in volumes:
-            path.unlink()
-    scans = {}
-    for task in tasks:
-        known = read_scan(folder, task.volume)
-        if known is not None and known.stamp == task.stamp and not known.again:
-            scans[task.volume] = known
-    return scans
-
-
-def _scan(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> None:
-    if not tasks:
-        return
-    with Progress(len(tasks), "scan", "volumes") as bar:
-        for task, verdict in each(partial(scan, folder), tasks, workers, _named):
-            scans[task.volume] = verdict
-            bar.advance()
 
 
 def _plan(
@@ -187,57 +150,13 @@ def _plan(
 def _candidate(folder: Path, task: ScanTask) -> Candidate:
     contents, codes = marks(folder, task.volume)
     names = (task.patient, *task.case.same_as)
-    return Candidate(task.volume, task.patient, names, task.stamp, _named(task), not task.spool, contents, codes)
-
-
-def _write_all(
-    folder: Path, planned: Plan, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int, extending: bool
-) -> int:
-    """Writes the missing shards, removes those of other plans, and drops each spool when its last shard is there.
-
-    Returns the number of slices that had to be read again.
-    """
-    names = {shard.name for shard in planned.shards}
-    missing = [shard for shard in planned.shards if not is_written(folder, shard)]
-    there = [path for part in ("shards", "rows") for path in (folder / part).iterdir()]
-    stale = [path for path in there if OURS.fullmatch(path.name) and path.stem not in names]
-    if (missing or stale) and not extending:  # the old index must not point into new shards
-        for name in (INDEX, "corpus.json", FINISHED):
-            (folder / name).unlink(missing_ok=True)
-    for path in stale:
-        path.unlink()
-    uses = Counter(part.volume for shard in missing for part in shard.parts)
-    again = _restore(folder, [task for task in tasks if uses[task.volume]], scans, workers)
-    if missing:
-        writers = min(workers, 1 + len(missing) // SHARDS_A_WORKER)
-        with Progress(sum(shard.slices for shard in missing), "write", "slices") as bar:
-            for shard, _ in each(partial(write_shard, folder), missing, writers, lambda shard: shard.name):
-                bar.advance(shard.slices)
-                for part in shard.parts:
-                    uses[part.volume] -= 1
-                    if not uses[part.volume]:
-                        spool_path(folder, part.volume).unlink()
-    for path in (folder / SCAN).glob("*.slices"):
-        path.unlink()
-    return again
-
-
-def _restore(folder: Path, tasks: Sequence[ScanTask], scans: dict[str, Scan], workers: int) -> int:
-    """Scans once more what a missing shard needs and whose spool went when its earlier shard was there; the slices."""
-    gone = [task for task in tasks if not has_spool(folder, task.volume, scans[task.volume])]
-    second: dict[str, Scan] = {}
-    _scan(folder, gone, second, workers)
-    for task in gone:
-        if second[task.volume] != scans[task.volume]:
-            text = second[task.volume].detail or "other slices"
-            raise CurateError(f"{_named(task)} changed while it was in work ({text}): run the same command again")
-    return sum(verdict.slices for verdict in second.values())
+    name = f"{task.dataset}: {task.case.source}"
+    return Candidate(task.volume, task.patient, names, task.stamp, name, not task.spool, contents, codes)
 
 
 def _finish(
     settings: Settings,
     tasks: Sequence[ScanTask],
-    scans: dict[str, Scan],
     planned: Plan,
     refused: list[Refused],
     speed: tuple[int, float],

@@ -1,348 +1,174 @@
-"""DICOM files of one folder -> CT stacks.
-
-Headers only are read to group files: by series, then by plane and pixel grid (a scout inside a series is set apart),
-then ordered along the slices' normal. What cannot be CT is named here without its pixels being read.
-"""
+"""One stack of DICOM slices -> `Grid`, in HU: slope and intercept of each slice, or frame, are its own."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation.grid import Grid, VolumeError, from_image
+from data_curation import dicom_headers, dicom_pixels
+from data_curation.dicom_headers import numbers
+from data_curation.dicom_pixels import Pixels
+from data_curation.dicom_stacks import in_order
+from data_curation.grid import SAME_PLACE_MM, Grid, VolumeError
+from data_curation.rules import max_voxels, tilt
 
-__all__ = ["Header", "Stack", "load", "looks_like", "stacks"]
-
-SAME_PLACE_MM = 0.01  # slices nearer than this are at one position
-GAP_MM, GAP_TIMES = 15.0, 2.5  # a gap above both (the latter in median spacings) is a hole, not a missing slice
-UNEVEN = 0.02  # relative departure from the median spacing that is worth a note
-TILT_DEGREES = 0.5  # angle between the stack's direction and the slices' normal that is worth a note
-
-_CT = tuple(f"1.2.840.10008.5.1.4.1.1.2{end}" for end in ("", ".1", ".2"))  # plain, Enhanced, Legacy Converted
-_NOT_PIXELS = {  # SOP class prefix: what it is
-    "1.2.840.10008.5.1.4.1.1.66": "a segmentation or registration object",
-    "1.2.840.10008.5.1.4.1.1.481.2": "a radiotherapy dose",
-    "1.2.840.10008.5.1.4.1.1.481": "a radiotherapy structure set or plan",
-    "1.2.840.10008.5.1.4.1.1.11": "a presentation state",
-    "1.2.840.10008.5.1.4.1.1.88": "a structured report",
-    "1.2.840.10008.5.1.4.1.1.104": "an encapsulated document",
-    "1.2.840.10008.1.3.10": "a DICOMDIR",
-}
-_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_IMAGE_TYPES = {  # word of ImageType: reason, what it is
-    "LOCALIZER": ("localizer", "a scout view"),
-    "REF_SURVIEW": ("screen_save", "a screen save"),
-    "DOSE_INFO": ("screen_save", "a screen save of dose figures"),
-    "SCREEN SAVE": ("screen_save", "a screen save"),
-    "PERFUSION": ("derived", "a perfusion map"),
-    "PROJECTION IMAGE": ("derived", "a projection through many slices"),
-    "MIP": ("derived", "a maximum projection"),
-    "MAX_IP": ("derived", "a maximum projection"),
-    "MIN_IP": ("derived", "a minimum projection"),
-    "VOLUME_RENDER": ("derived", "a rendered view"),
-    "CSA 3D": ("derived", "a rendered view"),
-    "SUBTRACTION": ("derived", "a difference of two scans"),
-}
-_TAGS = frozenset(
-    f"{group}|{element}"
-    for group, elements in {
-        "0008": "0008 0016 0060",
-        "0010": "0020",
-        "0020": "000d 000e 0012 0032 0037",
-        "0028": "0004 0030",
-    }.items()
-    for element in elements.split()
-)
-_SOP_CLASS = re.compile(rb"1\.2\.840\.10008\.(?:5\.1\.4\.1\.1\.[\d.]+|1\.3\.10)")
+__all__ = ["load"]
 
 
 @dataclass(frozen=True)
-class Header:
-    """What grouping needs to know of one file. `plane` is ImageOrientationPatient, `position` ImagePositionPatient."""
-
-    path: Path
-    series: str = ""
-    study: str = ""
-    patient: str = ""
-    acquisition: str = ""
-    size: tuple[int, ...] = ()  # columns, rows, frames
-    spacing: tuple[float, ...] = ()  # between rows, between columns; empty where the header has none
-    plane: tuple[float, ...] = ()
-    position: tuple[float, ...] = ()
-    reason: str = ""  # why it is no CT slice; "" where it is one
-    detail: str = ""
+class _Slice:
+    stored: NDArray[Any]  # [rows, columns], whole numbers
+    texts: Mapping[str, str]  # of the header, by keyword
+    slope: float
+    intercept: float
+    lossy: bool
+    padding: tuple[float, float] | None  # HU
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Files that belong together, in order from one end of the stack to the other, or the reason why they do not."""
+def load(
+    files: Sequence[Path],
+    frames: Sequence[tuple[int, int]] = (),
+    first: bool = False,
+    most: int = max_voxels.MAX_VOXELS,
+) -> Grid:
+    """One stack. `frames` names its slices as (index into `files`, frame); without it a slice is a file, or a frame of
+    the only file.
 
-    headers: tuple[Header, ...]
-    name: str  # series UID, "/2" and so on appended where a series holds several stacks
-    reason: str = ""
-    detail: str = ""
-
-
-def looks_like(path: Path) -> bool:
-    """Is it DICOM by its first bytes? Files without the 128-byte preamble are known by their first tag."""
-    with path.open("rb") as file:
-        start = file.read(132)
-    return start[128:] == b"DICM" or (len(start) == 132 and start[:2] in (b"\x02\x00", b"\x08\x00") and start[3] == 0)
-
-
-def stacks(files: Iterable[Path]) -> list[Stack]:
-    """The files of one folder as stacks, ordered by series and place; refused files of one series share one entry."""
-    series: dict[tuple[str, str], list[Header]] = {}
-    for path in files:
-        header = _header(path)
-        alone = str(path) if header.reason in ("unreadable", "empty") else header.series
-        series.setdefault((alone, header.reason), []).append(header)
-    found: list[Stack] = []
-    for (name, reason), headers in series.items():
-        if reason:
-            count = f"{len(headers)} files: " if len(headers) > 1 else ""
-            found.append(Stack(tuple(headers), name, reason, count + headers[0].detail))
-            continue
-        groups = [part for group in _planes(headers) for part in _phases(group)]
-        for index, group in enumerate(groups):
-            found.append(_ordered(group, name if index == 0 else f"{name}/{index + 1}"))
-    return found
-
-
-def _header(path: Path) -> Header:
-    try:
-        return _opened(path)
-    except OSError as error:
-        text = f"the file cannot be opened ({error.strerror or error}): allow reading it"
-        return _refused(Header(path), "unreadable", text)
-
-
-def _opened(path: Path) -> Header:
-    import SimpleITK as sitk
-
-    nothing = Header(path)
-    if path.stat().st_size == 0:
-        return _refused(nothing, "empty", "the file has 0 bytes: copy or download it again")
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        with path.open("rb") as file:
-            known = _SOP_CLASS.search(file.read(8192))
-        what = _what(known.group().decode()) if known else ""
-        if what:
-            return _refused(nothing, "not_image", f"{what}, not an image")
-        return _refused(nothing, "unreadable", "cut short, damaged or without pixels: copy or download it again")
-    tags = {key: _clean(reader.GetMetaData(key)) for key in reader.GetMetaDataKeys() if key in _TAGS}
-    header = Header(
-        path,
-        series=tags.get("0020|000e", ""),
-        study=tags.get("0020|000d", ""),
-        patient=tags.get("0010|0020", ""),
-        acquisition=tags.get("0020|0012", ""),
-        size=tuple(reader.GetSize()),
-        spacing=_numbers(tags.get("0028|0030", "")),
-        plane=_numbers(tags.get("0020|0037", "")),
-        position=_numbers(tags.get("0020|0032", "")),
-    )
-    return _refused(header, *_judge(tags, header, reader.GetNumberOfComponents()))
-
-
-def _judge(tags: Mapping[str, str], header: Header, components: int) -> tuple[str, str]:
-    """(reason, detail) why a readable file is no CT slice, or two empty texts."""
-    sop, modality = tags.get("0008|0016", ""), tags.get("0008|0060", "")
-    words = [word.strip().upper() for word in tags.get("0008|0008", "").split("\\")]
-    kind = "\\".join(words)
-    if what := _what(sop):
-        return "not_image", f"{what} (modality {modality or 'unknown'}), not a CT image"
-    if sop == _SECONDARY_CAPTURE or sop.startswith(_SECONDARY_CAPTURE + "."):
-        return "screen_save", f"a secondary capture ({kind}), not what the scanner measured: leave it out"
-    if modality != "CT":
-        return "not_ct", f"modality {modality or 'unknown'}, not CT: leave it out"
-    if sop and sop not in _CT:
-        return "not_image", f"SOP class {sop} is not a CT image: leave it out"
-    for word in words:
-        if word in _IMAGE_TYPES:
-            reason, what = _IMAGE_TYPES[word]
-            return reason, f"{what} (image type {kind}), not CT slices in HU: leave it out"
-    if components != 1 or not tags.get("0028|0004", "MONOCHROME").startswith("MONOCHROME"):
-        return "screen_save", f"a colour picture ({components} values a pixel), not CT in HU: leave it out"
-    if len(header.size) > 2 and header.size[2] > 1:
-        return "", ""  # multi-frame: its geometry is inside, per frame
-    if len(header.spacing) != 2:
-        return "no_spacing", "the header has no usable PixelSpacing, so sizes in mm are unknown: leave it out"
-    if len(header.position) != 3 or len(header.plane) != 6 or abs(np.linalg.norm(_normal(header)) - 1) > 0.1:
-        text = "the header has no usable ImagePositionPatient and ImageOrientationPatient: slices cannot be ordered"
-        return "no_position", text
-    return "", ""
-
-
-def _refused(header: Header, reason: str, detail: str) -> Header:
-    return replace(header, reason=reason, detail=detail)
-
-
-def _what(sop: str) -> str:
-    return next((what for prefix, what in _NOT_PIXELS.items() if sop == prefix or sop.startswith(prefix + ".")), "")
-
-
-def _clean(text: str) -> str:
-    """Text of a tag without padding; bytes in other character sets become question marks, the same every time."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "").strip()
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split("\\") if part.strip())
-    except ValueError:
-        return ()
-
-
-def _normal(header: Header) -> NDArray[np.float64]:
-    plane = np.array(header.plane, np.float64)
-    return np.cross(plane[:3], plane[3:])
-
-
-def _planes(headers: Sequence[Header]) -> list[list[Header]]:
-    """Split by pixel grid and orientation; small noise in the cosines does not split."""
-    groups: list[list[Header]] = []
-    for header in headers:
-        for group in groups:
-            first = group[0]
-            same = header.size == first.size and (len(header.size) < 3 or header.size[2] == 1)
-            if (
-                same
-                and np.allclose(header.plane, first.plane, atol=0.01)
-                and np.allclose(header.spacing, first.spacing, rtol=0.01)
-            ):
-                group.append(header)
-                break
-        else:
-            groups.append([header])
-    return groups
-
-
-def _phases(group: list[Header]) -> list[list[Header]]:
-    """Split a stack that was scanned several times by AcquisitionNumber, where that gives each position once."""
-    if len(group) < 4 or _distinct(group) == len(group):
-        return [group]
-    phases: dict[str, list[Header]] = {}
-    for header in group:
-        phases.setdefault(header.acquisition, []).append(header)
-    parts = list(phases.values())
-    if len(parts) > 1 and all(len(part) > 1 and _distinct(part) == len(part) for part in parts):
-        return parts
-    return [group]
-
-
-def _distinct(group: Sequence[Header]) -> int:
-    """Number of different positions."""
-    if len(group[0].position) != 3:
-        return len(group)
-    normal = _normal(group[0])
-    places = np.sort([float(np.dot(header.position, normal)) for header in group])
-    return 1 + int(np.count_nonzero(np.diff(places) > SAME_PLACE_MM))
-
-
-def _ordered(group: list[Header], name: str) -> Stack:
-    """Sorted along the normal, holes found. Copies of a slice stay in: only pixels can tell them from another phase."""
-    if len(group[0].size) > 2 and group[0].size[2] > 1:
-        return Stack(tuple(group), name)
-    normal = _normal(group[0])
-    places = {header.path: float(np.dot(header.position, normal)) for header in group}
-    headers = tuple(sorted(group, key=lambda header: (places[header.path], header.path)))
-    if len(headers) == 1:
-        return Stack(headers, name, "single_slice", "one slice is not a volume: leave it out")
-    steps = np.diff([places[header.path] for header in headers])
-    apart = steps[steps > SAME_PLACE_MM]
-    if apart.size == 0:
-        text = f"{len(headers)} slices all at one position (a bolus or perfusion run): leave the series out"
-        return Stack(headers, name, "not_a_volume", text)
-    median = float(np.median(apart))
-    if apart.max() > max(GAP_MM, GAP_TIMES * median):
-        text = f"a gap of {apart.max():.1f} mm among {len(headers)} slices {median:.2f} mm apart: "
-        return Stack(headers, name, "not_a_volume", text + "fetch the missing slices, or split the folder at the gap")
-    return Stack(headers, name)
-
-
-def load(files: Sequence[Path]) -> Grid:
-    """One ordered stack, or one multi-frame file, in HU: slope and intercept of each slice are its own.
-
-    Slices at one position are dropped when they are equal, else VolumeError `not_a_volume`. The grid's stack axis is
-    the slices' normal and its step the median distance along it; tilt and uneven spacing are told in the notes.
+    Slices at one position are dropped when they are equal, or where `first` takes the first of several phases; else
+    VolumeError `not_a_volume`. The grid's stack axis is the slices' normal and its step the median distance along it;
+    `places` tells where each slice lies. Raises VolumeError `too_large` before pixels are read, `truncated`.
     """
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    slices: list[NDArray[Any]] = []
-    positions: list[tuple[float, ...]] = []
-    image: Any = None
-    for path in files:
-        reader.SetFileName(str(path))
-        try:
-            image = reader.Execute()
-        except RuntimeError:
-            text = f"the pixels of {path.name} are cut short or damaged: copy or download it again"
-            raise VolumeError("truncated", text) from None
-        if len(files) == 1:
-            return _multi_frame(image)
-        slices.append(_small(sitk.GetArrayViewFromImage(image)[0]))
-        positions.append(_numbers(_clean(reader.GetMetaData("0020|0032"))))
-    axes = np.array(image.GetDirection(), np.float64).reshape(3, 3)
-    row, column = axes[:, 0], axes[:, 1]
-    normal = np.cross(row, column)
-    kept = _without_repeats(slices, [float(np.dot(position, normal)) for position in positions])
-    places = np.array(positions)[kept]
-    steps = np.diff(places @ normal)
-    median = float(np.median(steps))
-    along = places[-1] - places[0]
-    tilt = float(np.degrees(np.arccos(np.clip(along @ normal / np.linalg.norm(along), -1.0, 1.0))))
-    notes: list[str] = []
-    if len(kept) < len(slices):
-        notes.append(f"{len(slices) - len(kept)} repeated slices left out")
-    if tilt > TILT_DEGREES:
-        notes.append(f"gantry tilt {tilt:.1f} degrees: slices kept as acquired")
-    if np.abs(steps - median).max() > max(UNEVEN * median, SAME_PLACE_MM):
-        notes.append(f"uneven slice spacing {steps.min():.2f} to {steps.max():.2f} mm: the median {median:.2f} is used")
-    scale = image.GetSpacing()
-    affine = np.column_stack([row * scale[0], column * scale[1], normal * median, places[0]])
-    return Grid(np.stack([slices[index] for index in kept]), affine, tilt > TILT_DEGREES, tuple(notes))
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    for slot, (index, frame) in enumerate(frames):
+        wanted.setdefault(index, []).append((slot, frame))
+    voxels: NDArray[Any] = np.empty((0, 0, 0), np.int16)
+    found: dict[int, _Slice] = {}
+    for index, path in enumerate(files):
+        own = wanted.get(index, [])
+        slots = [slot for slot, _ in own] or ([index] if len(files) > 1 else None)
+        chosen = [frame for _, frame in own]
+        for number, (total, one) in enumerate(_read(path, chosen, len(frames) or len(files), most)):
+            if not found:
+                voxels = np.empty((total, *one.stored.shape), np.int16)
+            if one.stored.shape != voxels.shape[1:]:
+                text = f"slices of {one.stored.shape[0]} x {one.stored.shape[1]} pixels among others of another size"
+                raise VolumeError("not_a_volume", f"{text} ({path.name}): leave them out")
+            slot = number if slots is None else slots[number]
+            voxels = _put(voxels, slot, one)
+            found[slot] = _without_pixels(one)
+    return _grid(voxels, [found[slot] for slot in range(len(voxels))], first)
 
 
-def _multi_frame(image: Any) -> Grid:
-    """Enhanced CT. Frames that are shuffled or unevenly spaced reach us as stored, with 1 x 1 x 1 mm for a sign."""
-    if image.GetDimension() != 3 or image.GetSize()[2] < 2:
+def _read(path: Path, frames: Sequence[int], total: int, most: int) -> Iterator[tuple[int, _Slice]]:
+    """The slices of a file (those of `frames`, else all), each with the number of slices of the stack."""
+    try:
+        with path.open("rb") as file, dicom_headers.quiet():
+            data = dicom_headers.opened(file)
+            headers = dict(dicom_headers.per_slice(data))
+            chosen = list(frames) or list(headers)
+            pixels = dicom_pixels.locate(file, data, headers[chosen[0]])
+            total = max(total, len(chosen))
+            max_voxels.fits((total, pixels.rows, pixels.columns), most)
+            stored = dicom_pixels.frames(pixels, data, [max(0, frame) for frame in chosen])
+            for frame, array in zip(chosen, stored, strict=True):
+                yield total, _slice(array, headers[frame], pixels)
+    except (OSError, VolumeError):
+        raise
+    except dicom_pixels.Unsupported as error:
+        raise VolumeError("unsupported", f"{path.name}: {error}") from None
+    except Exception:  # whatever parsers may stumble over in bytes of unknown origin
+        text = f"the pixels of {path.name} are cut short or damaged: copy or download it again"
+        raise VolumeError("truncated", text) from None
+
+
+def _slice(stored: NDArray[Any], texts: Mapping[str, str], pixels: Pixels) -> _Slice:
+    slope = float(texts.get("RescaleSlope") or 1)
+    intercept = float(texts.get("RescaleIntercept") or 0)
+    lossy = pixels.syntax in dicom_pixels.LOSSY or texts.get("LossyImageCompression") == "01"
+    ends = [texts.get(name, "") for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    known = [slope * pixels.number(end) + intercept for end in ends if end]
+    padding = (min(known), max(known)) if ends[0] else None
+    return _Slice(stored, texts, slope, intercept, lossy, padding)
+
+
+def _without_pixels(one: _Slice) -> _Slice:
+    texts = {name: one.texts[name] for name in _GEOMETRY}
+    return _Slice(np.empty((0, 0), np.int16), texts, one.slope, one.intercept, one.lossy, one.padding)
+
+
+_GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+
+
+def _put(voxels: NDArray[Any], slot: int, one: _Slice) -> NDArray[Any]:
+    """Writes a slice in HU into its slot; the stack grows out of int16 only where a slice does not fit."""
+    stored, slope, intercept = one.stored, one.slope, one.intercept
+    ends = [slope * int(stored.min()) + intercept, slope * int(stored.max()) + intercept]
+    fits = min(ends) >= -32768 and max(ends) <= 32767
+    if slope == 1 and intercept.is_integer() and fits and stored.itemsize == 2:
+        # Of 16 bits the sum wraps round to the right number, be the stored ones signed or not.
+        shift = np.array(int(intercept) & 0xFFFF, np.uint16).view(np.int16)
+        if voxels.dtype == np.int16:
+            np.add(stored.view(np.int16), shift, out=voxels[slot])
+        else:
+            voxels[slot] = stored.view(np.int16) + shift
+        return voxels
+    hu = stored * np.float64(slope) + intercept
+    whole = np.array_equal(hu, np.rint(hu))
+    needed = np.int16 if whole and fits else np.int32 if whole and np.abs(ends).max() < 2**31 else np.float32
+    if voxels.dtype.kind == "i":
+        voxels = voxels.astype(needed if needed == np.float32 else np.promote_types(voxels.dtype, needed), copy=False)
+    voxels[slot] = hu
+    return voxels
+
+
+def _grid(voxels: NDArray[Any], slices: Sequence[_Slice], first: bool) -> Grid:
+    if len(slices) < 2:
         raise VolumeError("single_slice", "one slice is not a volume: leave it out")
-    if tuple(image.GetSpacing()) == (1.0, 1.0, 1.0):
-        text = f"{image.GetSize()[2]} frames that are not in order at even distances: write them as single-frame files"
-        raise VolumeError("not_a_volume", text)
-    return from_image(image)
+    plane = np.array(numbers(slices[0].texts["ImageOrientationPatient"])).reshape(2, 3)
+    row, column = plane / np.linalg.norm(plane, axis=1, keepdims=True)
+    between_rows, between_columns = numbers(slices[0].texts["PixelSpacing"])
+    normal = np.cross(row, column)
+    places = np.array([numbers(one.texts["ImagePositionPatient"]) for one in slices])
+    kept, repeats, phases = _without_repeats(voxels, places @ normal, in_order(places @ normal), first)
+    if kept != list(range(len(slices))):
+        voxels = voxels[kept]
+    places = places[kept]
+    step = float(np.median(np.diff(places @ normal)))
+    affine = np.column_stack([row * between_columns, column * between_rows, normal * step, places[0]])
+    notes = []
+    if repeats:
+        notes.append(f"{repeats} repeated slices left out")
+    if phases:
+        notes.append(f"{phases} slices of further phases left out")
+    if lossy := sum(one.lossy for one in slices):
+        notes.append(f"{lossy} of {len(slices)} slices were compressed with loss")
+    padding = next((one.padding for one in slices if one.padding is not None), None)
+    grid = Grid(voxels, affine, False, tuple(notes), places, padding)
+    tilted = tilt.degrees(grid) > tilt.TILT_DEGREES
+    return Grid(voxels, affine, tilted, tuple(notes), places, padding)
 
 
-def _small(values: NDArray[Any]) -> NDArray[Any]:
-    """A copy, as int16 where that loses nothing: a stack of 1,000 slices should not be held as float64."""
-    low, high = values.min(), values.max()
-    fits = low >= -32768 and high <= 32767
-    if fits and (values.dtype.kind in "iu" or np.array_equal(values, np.rint(values))):
-        return values.astype(np.int16)
-    return values.astype(np.float32) if values.dtype.kind == "f" else values.astype(np.int32)
-
-
-def _without_repeats(slices: Sequence[NDArray[Any]], places: Sequence[float]) -> list[int]:
-    kept = [0]
-    for index in range(1, len(slices)):
+def _without_repeats(
+    voxels: NDArray[Any], places: NDArray[np.float64], order: Sequence[int], first: bool
+) -> tuple[list[int], int, int]:
+    """Slices to keep, in order along the normal, and the numbers of equal ones and of further phases left out."""
+    kept, repeats, phases = [order[0]], 0, 0
+    for index in order[1:]:
         if places[index] - places[kept[-1]] > SAME_PLACE_MM:
             kept.append(index)
-        elif not np.array_equal(slices[index], slices[kept[-1]]):
-            distinct = 1 + int(np.count_nonzero(np.diff(places) > SAME_PLACE_MM))
-            text = f"{len(slices)} slices share {distinct} positions (several phases in one series): "
-            raise VolumeError("not_a_volume", text + "put each phase into a folder of its own")
-    return kept
+        elif np.array_equal(voxels[index], voxels[kept[-1]]):
+            repeats += 1
+        elif first:
+            phases += 1
+        else:
+            distinct = 1 + int(np.count_nonzero(np.diff(places[list(order)]) > SAME_PLACE_MM))
+            text = f"{len(places)} slices share {distinct} positions (several phases in one series): "
+            raise VolumeError("not_a_volume", text + "set limits.phases=first, or use a folder each")
+    if len(kept) < 2:
+        raise VolumeError("not_a_volume", f"{len(places)} slices all at one position: leave the series out")
+    return kept, repeats, phases

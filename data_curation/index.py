@@ -77,11 +77,17 @@ SCHEMA = pa.schema(
         _field("rounding", pa.float32(), "largest part of an HU lost by rounding the volume's float values; mostly 0"),
         _field("notes", pa.string(), "what was repaired in the volume, '; ' between"),
         _field("sha256", pa.string(), "SHA-256 of the stored pixels as little-endian int16, row by row"),
-        _field("content", pa.string(), "128 bits of SHA-256 of shape and every second row, clipped to +-1000 HU; '' if uniform"),
+        _field(
+            "content",
+            pa.string(),
+            "128 bits of SHA-256 of shape and every second row, clipped; '' if uniform",
+        ),
         _field("licence", pa.string(), "licence of the data set"),
         _field("commercial", pa.bool_(), "the licence allows commercial use, by its strictest reading"),
         _field("held_out", pa.string(), "why the case is held out by default; '' for all others"),
-        _field("split", pa.string(), "train, val, or excluded; one for all volumes of a patient and of a duplicate group"),
+        _field(
+            "split", pa.string(), "train, val or excluded; one for all volumes of a patient and of a duplicate group"
+        ),
         _field(
             "duplicate_group", pa.string(), "first volume that shares slices with this one; itself if there is none"
         ),

@@ -6,10 +6,8 @@ word; here the size, the gzip checksum and every value count. libdeflate also ha
 
 from __future__ import annotations
 
-import gzip
 import math
 import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_curation.extent import SHEAR_DEGREES, orthogonal, place, volume_shape
 from data_curation.grid import Grid, VolumeError
+from data_curation.payload import MOST_SKIPPED, beginning, contents
+from data_curation.rules.max_voxels import MAX_VOXELS
 
 __all__ = ["load"]
 
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _TO_MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7
-_SHEAR_DEGREES = 0.5
 _PEEK = 4096  # bytes that hold any header
 
 
@@ -38,59 +38,35 @@ class _Header:
     pair: bool
 
 
-def load(path: Path) -> Grid:
+def load(path: Path, max_voxels: int = MAX_VOXELS) -> Grid:
     """Voxels with scl_slope and scl_inter applied (integers stay integers where both are whole).
 
-    Raises VolumeError: empty, unreadable, truncated, 4d, vector, single_slice, no_orientation, no_spacing.
+    Memory: the compressed bytes and one volume, and the scaled volume where there is a scale. Raises VolumeError:
+    empty, unreadable, truncated, 4d, vector, single_slice, too_large, no_orientation, no_spacing.
     """
-    raw = path.read_bytes()
-    if not raw:
-        raise VolumeError("empty", "the file has 0 bytes: copy or download it again")
-    header = _header(_start(raw))
-    if header.pair:
-        image = path.with_name(path.name[: -len(".hdr")] + (".img" if path.suffix.islower() else ".IMG"))
-        packed = image.with_name(image.name + ".gz")
-        if not image.exists() and not packed.exists():
-            raise VolumeError("unreadable", f"the voxels of this header, {image.name}, are missing beside it")
-        raw = (image if image.exists() else packed).read_bytes()
-    shape = _shape(header)
-    if header.affine is None:
-        raise VolumeError(
-            "no_orientation",
-            "the header has neither qform nor sform (or is Analyze 7.5), so left and right are unknown: "
-            "convert the original DICOM series again, or set the qform",
-        )
-    voxels = _voxels(raw, header, shape)
-    affine, shear = _orthogonal(np.diag([-1.0, -1.0, 1.0]) @ header.affine)
-    notes = (f"sheared by {shear:.1f} degrees: slices kept as stored",) if shear > _SHEAR_DEGREES else ()
+    with np.errstate(over="ignore", invalid="ignore"):  # what a damaged header makes of it is refused by its result
+        header = _header(beginning(path, _PEEK))
+        shape = volume_shape(header.shape, max_voxels)
+        image = _beside(path) if header.pair else path
+        if header.affine is None:
+            raise VolumeError(
+                "no_orientation",
+                "the header has neither qform nor sform (or is Analyze 7.5), so left and right are unknown: "
+                "convert the original DICOM series again, or set the qform",
+            )
+        affine, notes = place(np.diag([-1.0, -1.0, 1.0]) @ header.affine)
+        voxels = _voxels(image, header, shape)
     return Grid(voxels, affine, as_acquired=bool(notes), notes=notes)
 
 
-def _start(raw: bytes) -> bytes:
-    if raw[:2] != b"\x1f\x8b":
-        return raw[:_PEEK]
-    try:
-        return bytes(zlib.decompressobj(31).decompress(raw[: 4 * _PEEK], _PEEK))
-    except zlib.error as error:
-        raise VolumeError("truncated", f"the gzip stream is damaged ({error}): download it again") from None
-
-
-def _inflated(raw: bytes, size: int) -> bytes:
-    """The whole content, its checksum proven. `size` is what the header promises: then libdeflate can do it at once."""
-    if raw[:2] != b"\x1f\x8b":
-        return raw
-    if int.from_bytes(raw[-4:], "little") == size % 2**32:
-        import imagecodecs
-
-        try:
-            return bytes(imagecodecs.gzip_decode(raw, out=size))  # already bytes: no copy
-        except (RuntimeError, ValueError):
-            pass  # several members, or damaged: Python's slower gzip tells which
-    try:
-        return gzip.decompress(raw)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        text = f"the gzip stream of {len(raw):,} bytes is cut short or damaged ({error}): download it again"
-        raise VolumeError("truncated", text) from None
+def _beside(path: Path) -> Path:
+    """The voxels of a header that has none."""
+    image = path.with_suffix(".img" if path.suffix.islower() else ".IMG")
+    packed = image.with_name(image.name + (".gz" if path.suffix.islower() else ".GZ"))
+    for voxels in (image, packed, packed.with_suffix(".gz")):
+        if voxels != path and voxels.is_file():
+            return voxels
+    raise VolumeError("unreadable", f"the voxels of this header, {image.name}, are missing beside it: copy both again")
 
 
 def _header(start: bytes) -> _Header:
@@ -135,7 +111,7 @@ def _second(start: bytes, order: str) -> _Header:
 
 
 def _offset(offset: float) -> int:
-    if not 0 <= offset < 2**31:  # also not a number
+    if not 0 <= offset <= MOST_SKIPPED:  # also not a number
         raise VolumeError("unreadable", f"the header is damaged: its voxels start at byte {offset}")
     return int(offset)
 
@@ -165,11 +141,14 @@ def _affine(
     scale = _TO_MILLIMETRES.get(units & 7, 1.0)
     usable = sform > 0 and bool(np.isfinite(rows).all()) and np.linalg.norm(rows[:, :3], axis=0).min() > 0
     by_rows = rows if usable else None
-    if by_rows is not None and (qform <= 0 or _orthogonal(by_rows)[1] <= _SHEAR_DEGREES):
+    if by_rows is not None and (qform <= 0 or orthogonal(by_rows)[1] <= SHEAR_DEGREES):
         return by_rows * scale
     if qform <= 0 or not np.isfinite([*quaternion, *pixdim[:4]]).all():
         return None
     b, c, d = quaternion[:3]
+    length = math.hypot(b, c, d)
+    if length > 1.0:  # rounded, or damaged: the nearest turn, as the format's own library has it
+        b, c, d = b / length, c / length, d / length
     a = math.sqrt(max(0.0, 1.0 - b * b - c * c - d * d))
     rotation = np.array(
         [
@@ -183,51 +162,10 @@ def _affine(
     return np.column_stack([axes, quaternion[3:6]]) * scale
 
 
-def _orthogonal(affine: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """The affine with its second and third axis made orthogonal, and the largest angle by which they were not.
-
-    A gantry tilt shears the stack axis against the slices; its projection on the slices' normal is the true distance.
-    """
-    first, second, third = affine[:, 0], affine[:, 1], affine[:, 2]
-    lengths = np.linalg.norm(affine[:, :3], axis=0)
-    if lengths.min() < 1e-9 or not np.all(np.isfinite(affine)):
-        return affine, 0.0
-    unit = affine[:, :3] / lengths
-    cosines = np.abs([unit[:, 0] @ unit[:, 1], unit[:, 0] @ unit[:, 2], unit[:, 1] @ unit[:, 2]])
-    shear = float(np.degrees(np.arcsin(np.clip(cosines.max(), 0.0, 1.0))))
-    if shear <= 1e-3:
-        return affine, shear
-    second = second - (second @ unit[:, 0]) * unit[:, 0]
-    normal = np.cross(first, second)
-    normal /= max(float(np.linalg.norm(normal)), 1e-12)
-    return np.column_stack([first, second, (third @ normal) * normal, affine[:, 3]]), shear
-
-
-def _shape(header: _Header) -> tuple[int, int, int]:
-    """(i, j, k); trailing axes of length 1 are dropped."""
-    shape = list(header.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape.pop()
-    text = " x ".join(map(str, header.shape))
-    if len(shape) > 3:
-        reason = "4d" if shape[3] > 1 else "vector"
-        what = "a series over time or phases" if reason == "4d" else "a vector image (a field or overlapping masks)"
-        raise VolumeError(reason, f"{text} voxels are {what}: write the wanted volume as a file of its own")
-    if len(shape) < 3 or sum(n > 1 for n in shape) < 3:
-        raise VolumeError("single_slice", f"{text} voxels are one slice, not a volume: leave it out")
-    return shape[0], shape[1], shape[2]
-
-
-def _voxels(raw: bytes, header: _Header, shape: tuple[int, int, int]) -> NDArray[Any]:
+def _voxels(path: Path, header: _Header, shape: tuple[int, int, int]) -> NDArray[Any]:
     offset = header.offset if header.pair else max(header.offset, 352)
-    wanted = math.prod(shape) * header.dtype.itemsize
-    content = _inflated(raw, offset + wanted)
-    if len(content) < offset + wanted:
-        share = max(0, len(content) - offset) / wanted
-        text = f"{share:.1%} of the {wanted:,} bytes of voxels that the header promises are there: download it again"
-        raise VolumeError("truncated", text)
-    flat = np.frombuffer(content, header.dtype, math.prod(shape), offset)
-    voxels: NDArray[Any] = flat.reshape(shape[::-1])
+    content = contents(path, offset + math.prod(shape) * header.dtype.itemsize, "auto")
+    voxels: NDArray[Any] = np.frombuffer(content, header.dtype, math.prod(shape), offset).reshape(shape[::-1])
     slope, inter = header.slope, header.inter
     if not (math.isfinite(slope) and math.isfinite(inter)) or slope == 0 or (slope, inter) == (1.0, 0.0):
         return voxels

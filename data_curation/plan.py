@@ -62,7 +62,7 @@ class Plan:
 
 
 def plan(candidates: Sequence[Candidate], links: Links, rules: PlanRules, finished: Sequence[Shard] = ()) -> Plan:
-    """The same candidates must be given in the same order, those of finished shards first; `links` are of their order."""
+    """The same candidates must come in the same order, those of finished shards first; `links` are of that order."""
     leaks = {int(links.related[i]): one.name for i, one in reversed(list(enumerate(candidates))) if one.excluded}
     settled = {part.volume: part.split for shard in finished for part in shard.parts}
     patients: dict[int, str] = {}

@@ -118,7 +118,7 @@ def scan(folder: Path, task: ScanTask) -> Scan:
 def _judged(task: ScanTask) -> tuple[Volume | None, Verdict, bool]:
     """The volume if it is kept, the verdict, and whether a refusal is worth another look in the next run."""
     try:
-        volume = repair(read(task.case.image), task.limits)
+        volume = repair(read(task.case.image, task.limits), task.limits)
         verdict = check(volume, task.limits)
     except VolumeError as error:
         return None, Verdict(False, error.reason, str(error)), error.reason == "unreadable"
@@ -142,17 +142,12 @@ def _constants(task: ScanTask, volume: Volume) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _encode(
-    folder: Path, task: ScanTask, volume: Volume, left_out: dict[int, str]
-) -> tuple[list[dict[str, Any]], int]:
+def _encode(folder: Path, task: ScanTask, volume: Volume, left_out: dict[int, str]) -> tuple[list[dict[str, Any]], int]:
     """The rows, and the bytes of the spool that now holds the encoded slices."""
-    rows: list[dict[str, Any]] = []
     kept = cut(volume.hu, volume.spacing, task.rule, left_out)
     if not task.spool:
-        for one in kept:
-            rows.append(_row(one, b"", 0))
-        return rows, 0
-    at = 0
+        return [_row(one, b"", 0) for one in kept], 0
+    rows, at = list[dict[str, Any]](), 0
     with aside(spool_path(folder, task.volume)) as file:
         for one in kept:
             data = encode(one.hu, task.codec)

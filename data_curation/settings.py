@@ -51,7 +51,9 @@ class Source(Base):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in CATALOGUE:
-            raise ValueError(f"no data set is called {name!r}{near(name, CATALOGUE)}; there are: {', '.join(CATALOGUE)}")
+            raise ValueError(
+                f"no data set is called {name!r}{near(name, CATALOGUE)}; there are: {', '.join(CATALOGUE)}"
+            )
         return name
 
 
@@ -111,6 +113,8 @@ class Settings(Base):
         "", description="secret mixed into all hashed names; without one the seed is, which anyone may guess"
     )
     workers: int = Field(0, ge=0, description="processes; 0: one for each core")
+    timeout_s: float | None = Field(3600.0, gt=0, description="seconds a volume or shard may take; null: no limit")
+    memory_gib: float | None = Field(None, gt=0, description="GiB a process may allocate; null: no limit")
 
     @field_validator("codec")
     @classmethod

@@ -20,10 +20,10 @@ from pydantic import Field
 
 from data_curation.accounts import Tally
 from data_curation.index import INDEX, SCHEMA, CorpusError, fingerprint, read_index, read_part
-from data_curation.pool import each, workers_for
 from data_curation.proofs import proofs
 from data_curation.spans import spans
 from data_curation.verify_shard import AGAIN, Fault, check_shard
+from launch.crew import Crew, Lost, Workers, workers_for
 from launch.progress import Progress
 from launch.run import Outcome
 from launch.settings import Settings as Base
@@ -44,7 +44,7 @@ class Settings(Base):
 
 def main(settings: Settings) -> Outcome:
     """Prints every fault on a line of its own. Not ok if there is one."""
-    faults = verify(settings.folder, settings.pixels, workers_for(settings.workers))
+    faults = verify(settings.folder, settings.pixels, Workers(workers_for(settings.workers)))
     for fault in faults:
         print(fault, flush=True)
     if faults:
@@ -56,16 +56,23 @@ def main(settings: Settings) -> Outcome:
     return Outcome((f"{settings.folder} is sound: {looked} is what it was",))
 
 
-def verify(folder: Path, pixels: bool = True, workers: int = 1) -> tuple[Fault, ...]:
-    """All faults of a corpus, sorted; none for a sound one. Raises CorpusError where there is no index to go by."""
+def verify(folder: Path, pixels: bool = True, crew: Crew | None = None) -> tuple[Fault, ...]:
+    """All faults of a corpus, sorted; none for a sound one. Without a crew the shards are checked in this process.
+
+    Raises CorpusError where there is no index to go by.
+    """
     parts = spans(folder)
     missing = [name for name in SCHEMA.names if name not in pq.read_schema(folder / INDEX).names]
     if missing:
         raise CorpusError(f"{folder / INDEX} has no column {', '.join(missing)}: {AGAIN}")
     found: list[Fault] = []
-    with Progress(sum(part.count for part in parts), "verify", "slices") as bar:
-        for part, faults in each(partial(check_shard, folder, pixels), parts, workers, lambda part: part.shard):
-            found += faults
+    crew = crew or Workers(0)
+    with crew.open() as each, Progress(sum(part.count for part in parts), "verify", "slices") as bar:
+        for part, faults in each(partial(check_shard, folder, pixels), parts, lambda part: part.shard):
+            if isinstance(faults, Lost):
+                found.append(Fault(f"shards/{part.shard}", "", f"checking it {faults.detail}", "run the check again"))
+            else:
+                found += faults
             bar.advance(part.count)
     for check in (_files, _counts, _complete, _apart):
         try:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.call import Call, resolve
 from launch.documents import near
-from launch.executors import Call, Executor, Here, Slurm, load_cluster, resolve
+from launch.executors import Executor, Here, Processes, Slurm, crew_of, load_cluster
 from launch.ranks import RankFailed
 from launch.run import USER_ERRORS, Outcome, Stopped, close_run, open_run, say
 from launch.settings import Settings, describe, dump, find, load
@@ -28,7 +29,9 @@ class Verb:
     settings: str
     run: bool = False
     ranks: bool = False  # several processes may share its work
+    crew: bool = False  # stays here and shares out tasks: with --on its main is given who does them
     word: str = ""  # setting that the word after the verb fills, where that word is no settings file
+    grows: tuple[str, ...] = ()  # settings that may differ from those of its folder where --extend is given
 
 
 VERBS = {
@@ -40,7 +43,12 @@ VERBS = {
         word="name",
     ),
     "curate": Verb(
-        "public CT sets -> a corpus of shards", "data_curation.curate:main", "data_curation.curate:Settings", run=True
+        "public CT sets -> a corpus of shards",
+        "data_curation.curate:main",
+        "data_curation.curate:Settings",
+        run=True,
+        crew=True,
+        grows=("datasets", "evaluation"),
     ),
     "report": Verb("what is in a corpus: HTML, PNG", "data_curation.report:main", "data_curation.report:Settings"),
     "verify": Verb(
@@ -68,11 +76,13 @@ VERBS = {
 
 # What may change when a run goes on: how fast and where it is, what is told of it, and how long (schedules follow).
 FREE = (
-    "steps", "device", "workers", "data.workers", "patches.workers", "prepare_workers", "parallel", "checkpoint", "log",
+    "steps", "device", "workers", "data.workers", "patches.workers", "prepare_workers", "timeout_s", "memory_gib",
+    "extend", "parallel", "checkpoint", "log",
 )  # fmt: skip
 
 OPTIONS = {
-    "--on": "cluster file: run elsewhere (packaged: here.yaml, two_processes.yaml, slurm_example.yaml)",
+    "--on": "cluster file: run elsewhere (packaged: here, two_processes, slurm_example, slurm_array .yaml)",
+    "--extend": "curate: add data sets to a finished corpus; its own shards stay as they are",
     "--dry-run": "show the settings in force and what would be done; do nothing",
     "--debug": "show the traceback of a mistake",
     "--help": "this, or the settings of a verb",
@@ -115,10 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         target = resolve(verb.main)
         if verb.run and _rank_zero():
-            folder = open_run(settings.folder, settings, ["axial", *words], FREE)
+            free = FREE + verb.grows if getattr(settings, "extend", False) else FREE
+            folder = open_run(settings.folder, settings, ["axial", *words], free)
         detached = False
         if isinstance(executor, Here):
             outcome = target(settings)
+        elif verb.crew:
+            outcome = target(settings, crew_of(executor, settings.folder))
         else:
             outcome = executor.run(Call(verb.main, verb.settings, settings.folder))
             detached = isinstance(executor, Slurm) and executor.detached
@@ -162,6 +175,10 @@ def _parse(words: Sequence[str]) -> Command:
     if verb and VERBS[verb].word and config is not None and not _is_file(config):
         overrides.insert(0, f"{VERBS[verb].word}={config}")
         config = None
+    if "--extend" in flags and verb:
+        if not VERBS[verb].grows:
+            raise UsageError(f"{verb} has nothing to extend; --extend is for curate")
+        overrides.append("extend=true")
     return Command(verb, config, tuple(overrides), cluster, frozenset(flags))
 
 
@@ -199,6 +216,9 @@ def _verb_help(name: str) -> str:
         default = row.default if row.default == "required" else f"default {row.default or 'empty'}"
         lines.append(f"  {row.key:<{wide}}  {row.type}, {default}")
         lines += [f"  {'':<{wide}}    {row.meaning}"] if row.meaning else []
+    if verb.crew:
+        lines += ["", "With --on its tasks are shared out, and this process stays and collects them: call it on a"]
+        lines += ["login node or in a small job. Called again after any interruption, it does what is missing."]
     return "\n".join(lines)
 
 
@@ -209,6 +229,8 @@ def _executor(command: Command, verb: Verb) -> Executor:
         runs = ", ".join(name for name, other in VERBS.items() if other.run)
         raise UsageError(f"{command.verb} is quick and runs here; --on is for {runs}")
     executor = load_cluster(command.cluster)
+    if verb.crew and isinstance(executor, Processes):
+        return executor
     if executor.ranks > 1 and not verb.ranks:
         many = f"{command.cluster} starts {executor.ranks} processes"
         raise UsageError(f"{many}, and {command.verb} is one process (with workers of its own); use a file with one")

@@ -34,7 +34,7 @@ class RankFailed(Exception):
 
 
 def run_ranks(call: Sequence[str], size: int, grace_s: float) -> Outcome:
-    """Run ``launch.executors.Call(main, model, folder)`` in ``size`` processes; the outcome of rank 0.
+    """Run ``launch.call.Call(main, model, folder)`` in ``size`` processes; the outcome of rank 0.
 
     When one fails the others are ended and RankFailed tells of the one that failed first: the others mostly fail
     because it went away. SIGINT and SIGTERM are passed on; those still there after ``grace_s`` are killed. Should
@@ -166,7 +166,7 @@ def _said(path: Path) -> dict[str, Any]:
 
 def _main(main: str, model: str, folder: str, answer: str) -> int:
     """One rank: call, and leave in ``answer`` what came of it."""
-    from launch.executors import Call
+    from launch.call import Call
 
     threading.Thread(target=_mourn, daemon=True).start()
     said: dict[str, Any]

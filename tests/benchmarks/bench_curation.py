@@ -120,11 +120,15 @@ def run(scans: Path, root: Path) -> None:
     plain = reading / count + encoding / sampled
     ours = seconds / count
     print(f"curate: {ours * 1e3:.2f} ms a slice of one core, {1 / ours:.0f} slices/s ({count} slices)")
-    print(f"straightforward: {plain * 1e3:.1f} ms ({reading / count * 1e3:.1f} of it reading): {plain / ours:.1f} times")
+    print(
+        f"straightforward: {plain * 1e3:.1f} ms ({reading / count * 1e3:.1f} of it reading): {plain / ours:.1f} times"
+    )
     print(f"floor: {least / count * 1e3:.2f} ms: curation takes {seconds / least:.2f} of it")
-    whole = sum(int(np.prod(Corpus(root / 'made0', None, duplicates=True).shape(i))) for i in range(count)) * 2
+    whole = sum(int(np.prod(Corpus(root / "made0", None, duplicates=True).shape(i))) for i in range(count)) * 2
     stored = sum(len(made.encoded(i)) for i in range(count))
-    print(f"stored: {stored / whole:.3f} of the raw bytes; {sum(hu.nbytes for hu in slices) / whole:.3f} lie in the boxes")
+    print(
+        f"stored: {stored / whole:.3f} of the raw bytes; {sum(hu.nbytes for hu in slices) / whole:.3f} lie in the boxes"
+    )
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def main(slices: int) -> None:
         queried = seconds(lambda: pq.read_table(folder / INDEX, columns=["key"], filters=[("dataset", "=", "set03")]))
         counted = pq.read_metadata(folder / INDEX).num_rows
         print(f"index of {counted:,} slices: {size / 1e6:,.0f} MB; reading its bytes {plain:.2f} s")
-        print(f"open a corpus: {opened:.2f} s ({opened / plain:.1f} times the bytes); two data sets of it {chosen:.2f} s")
+        print(f"open a corpus: {opened:.2f} s ({opened / plain:.1f} times the bytes); two data sets {chosen:.2f} s")
         print(f"filter by data set: {filtered:.3f} s in memory, {queried:.2f} s from the file")
         start = time.perf_counter()
         fingerprint(batch for batch in (pa.Table.from_batches([b]) for b in pq.ParquetFile(folder / INDEX).iter_batches(

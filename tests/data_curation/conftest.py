@@ -11,7 +11,8 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data_curation.curate import Settings, Source, main
+from data_curation.curate import Settings, Source
+from tests.data_curation.curated import main
 
 WriteScan = Callable[..., NDArray[np.int16]]
 

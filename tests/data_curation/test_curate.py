@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import data_curation.scan
-from data_curation.curate import CurateError, Settings, dry_run, main
+from data_curation.curate import CurateError, Settings, dry_run
 from data_curation.index import CorpusError, read_index
 from launch.settings import SettingsError, load
-from tests.data_curation.curated import settings, state
+from tests.data_curation.curated import main, settings, state
 
 WriteScan = Any  # the fixture of conftest.py
 
@@ -63,9 +63,7 @@ def test_duplicates_can_be_dropped(tmp_path: Path, scans: Path) -> None:
     assert main(settings(tmp_path / "corpus", scans, duplicates="drop")).ok
     index = read_index(tmp_path / "corpus")
     assert (len(index), sum(index["duplicate"].to_pylist())) == (89, 0)
-    row = next(
-        r for r in refusals(tmp_path / "corpus") if r["reason"] == "duplicate"
-    )
+    row = next(r for r in refusals(tmp_path / "corpus") if r["reason"] == "duplicate")
     assert row["source"] == "Twin_of_3/ct.nrrd"
     assert "Jane_Doe_3/ct.nii.gz" in row["detail"]
 
@@ -77,12 +75,12 @@ def test_a_reader_that_fails_unexpectedly_costs_one_volume(
         write_scan(tmp_path / "in" / name / "ct.nii.gz", ord(name))
     honest = data_curation.scan.read
 
-    def read(found: Any) -> Any:
+    def read(found: Any, limits: Any) -> Any:
         if "/b/" in str(found.path):
             raise ZeroDivisionError("no slope\nat all")
         if "/c/" in str(found.path):
             raise MemoryError
-        return honest(found)
+        return honest(found, limits)
 
     monkeypatch.setattr(data_curation.scan, "read", read)
     assert main(settings(tmp_path / "corpus", tmp_path / "in")).ok
@@ -140,7 +138,7 @@ def test_held_out_cases_and_their_copies_stay_out(tmp_path: Path, write_scan: Wr
 
 
 def test_a_corpus_for_commercial_use(tmp_path: Path, write_scan: WriteScan) -> None:
-    write_scan(tmp_path / "LiTS" / "Training Batch 1" / "volume-5.nii", 1)
+    write_scan(tmp_path / "LiTS" / "Training Batch 1" / "volume-4.nii", 1)
     write_scan(tmp_path / "spleen" / "Task09_Spleen" / "imagesTr" / "spleen_2.nii.gz", 2)
     write_scan(tmp_path / "ours" / "p" / "ct.nii.gz", 3)
     datasets = [
@@ -154,7 +152,7 @@ def test_a_corpus_for_commercial_use(tmp_path: Path, write_scan: WriteScan) -> N
     assert set(index["dataset"].to_pylist()) == {"msd_spleen", "folder"}
     assert all(index["commercial"].to_pylist())
     (row,) = refusals(tmp_path / "corpus")
-    assert (row["source"], row["reason"]) == ("Training Batch 1/volume-5.nii", "licence")
+    assert (row["source"], row["reason"]) == ("Training Batch 1/volume-4.nii", "licence")
     assert "CC BY-NC-ND 4.0 does not allow it" in row["detail"]
     main(Settings.model_validate({"folder": tmp_path / "all", **given}))
     rows = read_index(tmp_path / "all").to_pylist()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from data_curation.curate import CurateError, Settings, main
+from data_curation.curate import CurateError, Settings
 from data_curation.folds import fold_of
 from data_curation.index import read_index
+from tests.data_curation.curated import main
 from tests.data_curation.test_curate import refusals
 
 WriteScan = Any  # the fixture of conftest.py
@@ -85,7 +86,7 @@ def test_a_wrong_split_file_stops_the_run(tmp_path: Path, benchmark: list[str], 
 
 def test_a_folder_without_images_stops_the_run(tmp_path: Path, benchmark: list[str]) -> None:
     (tmp_path / "bare").mkdir()
-    with pytest.raises(CurateError, match="neither .*imagesTr nor imagesTs beside it holds an image"):
+    with pytest.raises(CurateError, match=r"neither .*imagesTr nor imagesTs beside it holds an image"):
         main(given(tmp_path, root=tmp_path / "bare"))
-    with pytest.raises(CurateError, match="evaluation none: .* is not a folder"):
+    with pytest.raises(CurateError, match=r"evaluation none: .* is not a folder"):
         main(given(tmp_path, root=tmp_path / "none"))

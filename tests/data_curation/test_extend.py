@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from data_curation.corpus import Corpus
-from data_curation.curate import CurateError, main
+from data_curation.curate import CurateError
 from data_curation.finished import FINISHED, read_finished
 from data_curation.index import read_index
-from tests.data_curation.curated import settings, state
+from tests.data_curation.curated import main, settings, state
 
 WriteScan = Any  # the fixture of conftest.py
 PUBLIC = ("shards/", "rows/")
@@ -122,7 +122,7 @@ def test_an_extension_needs_all_that_was_there(tmp_path: Path, scans: Path, more
     folder = tmp_path / "corpus"
     main(settings(folder, scans))
     before = state(folder)
-    with pytest.raises(CurateError, match="11 volume.* are gone or were changed.* restore them"):
+    with pytest.raises(CurateError, match=r"11 volume.* are gone or were changed.* restore them"):
         main(settings(folder, more, extend=True))
     assert {name: digest for name, digest in state(folder).items() if name in before} == before
     assert (folder / FINISHED).exists()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_curation.volumes import find
 from tests.data_curation.reading import refused, volume
 
 SHAPE = (6, 9, 12)
@@ -151,6 +152,16 @@ def test_without_orientation(tmp_path: Path) -> None:
     assert "ct.img, are missing" in refused(analyze / "ct.hdr", "unreadable")
 
 
+@pytest.mark.parametrize(("head", "voxels"), [("CT.HDR", "CT.IMG"), ("CT.HDR", "CT.IMG.GZ"), ("ct.hdr", "ct.img.gz")])
+def test_pairs_in_either_case(tmp_path: Path, head: str, voxels: str) -> None:
+    (tmp_path / head).write_bytes(header(magic=b"ni1\0", sform=LPS_SFORM, offset=0.0)[:348])
+    plain = body().tobytes()
+    (tmp_path / voxels).write_bytes(gzip.compress(plain) if voxels.lower().endswith(".gz") else plain)
+    np.testing.assert_array_equal(volume(tmp_path / head).hu, body())
+    (found,) = find(tmp_path)
+    assert found.files == (tmp_path / head, tmp_path / voxels)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -158,7 +169,7 @@ def test_without_orientation(tmp_path: Path) -> None:
         (b"hello" * 200, "unreadable"),
         (b"\x1f\x8b\x08 not gzip at all", "truncated"),
         (header((0, 5, 5), sform=LPS_SFORM), "unreadable"),
-        (header((30000, 30000, 30000), sform=LPS_SFORM), "truncated"),
+        (header((30000, 30000, 30000), sform=LPS_SFORM), "too_large"),
         (header(sform=LPS_SFORM, code=128) + body().tobytes(), "vector"),
         (header(sform=LPS_SFORM, offset=float("nan")) + body().tobytes(), "unreadable"),
         (header(sform=np.full((3, 4), np.nan)) + body().tobytes(), "no_orientation"),

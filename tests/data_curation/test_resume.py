@@ -6,7 +6,6 @@ import errno
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,9 +15,11 @@ from pathlib import Path
 import pytest
 
 import data_curation.scan
-from data_curation.curate import CurateError, main
-from data_curation.pool import WorkerLost, each
-from tests.data_curation.curated import settings, state
+from data_curation import curate
+from data_curation.curate import CurateError
+from launch.array import Array
+from launch.slurm import ArrayRules, Slurm
+from tests.data_curation.curated import main, settings, state
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def test_a_second_run_changes_and_reads_nothing(
     assert state(tmp_path / "corpus") == expected
     read: list[str] = []
     honest = data_curation.scan.read
-    monkeypatch.setattr(data_curation.scan, "read", lambda found: (read.append(str(found.path)), honest(found))[1])
+    monkeypatch.setattr(
+        data_curation.scan, "read", lambda found, limits: (read.append(str(found.path)), honest(found, limits))[1]
+    )
     main(settings(tmp_path / "corpus", scans))
     assert state(tmp_path / "corpus") == expected
     assert not [path for path in read if "Jane" in path or "Twin" in path]
@@ -43,6 +46,15 @@ def test_a_second_run_changes_and_reads_nothing(
 
 def test_workers_do_not_change_the_bytes(tmp_path: Path, scans: Path, expected: dict[str, str]) -> None:
     main(settings(tmp_path / "corpus", scans, workers=2))
+    assert state(tmp_path / "corpus") == expected
+
+
+def test_nor_does_a_cluster(
+    tmp_path: Path, scans: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    slurm = Slurm(cluster="local", cpus_per_process=2, hours=0.2, array=ArrayRules(parallel=1))
+    curate.main(settings(tmp_path / "corpus", scans), Array(slurm, tmp_path / "corpus" / "jobs", poll_s=0.1))
     assert state(tmp_path / "corpus") == expected
 
 
@@ -77,6 +89,7 @@ import os, signal, sys
 from pathlib import Path
 import SimpleITK, webdataset, imagecodecs, scipy.sparse.csgraph  # once, not in each child
 from data_curation.curate import Settings, main
+from launch.crew import Workers
 from launch.settings import load
 
 folder, config = sys.argv[1:3]
@@ -95,7 +108,7 @@ for point in map(int, sys.argv[3:]):
             setattr(os, name, call)
         if point:
             fatal("fsync"), fatal("replace"), fatal("unlink")
-        main(load(Settings, Path(config)))
+        main(load(Settings, Path(config)), Workers(0))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print(point, os.WTERMSIG(status), flush=True)
@@ -119,22 +132,34 @@ def test_kill_9_at_any_write_leads_to_the_same_bytes(tmp_path: Path, scans: Path
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_time_with_workers(tmp_path: Path, scans: Path, expected: dict[str, str]) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_kill_9_at_any_time_with_workers(tmp_path: Path, scans: Path, expected: dict[str, str], workers: int) -> None:
+    """Twenty-one kills in all, at moments drawn over the whole length of a run."""
     folder, config = tmp_path / "corpus", tmp_path / "corpus.yaml"
-    config.write_text(settings(folder, scans, workers=2).model_dump_json())
+    config.write_text(settings(folder, scans, workers=workers).model_dump_json())
     code = (
         "import sys\nfrom data_curation.curate import Settings, main, Path\nfrom launch.settings import load\n"
         "if __name__ == '__main__':\n    main(load(Settings, Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(config)]
-    draw = random.Random(0)
-    for _ in range(12):
+    start = time.monotonic()
+    subprocess.run([*command[:-1], str(_aside(config, tmp_path))], check=True, capture_output=True)
+    length = time.monotonic() - start
+    draw = random.Random(workers)
+    for _ in range(7):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(draw.uniform(0.5, 12))
+        time.sleep(draw.uniform(0.1, 1.0) * length)
         process.kill()
         process.wait()
     subprocess.run(command, check=True, capture_output=True)
     assert state(folder) == expected
+
+
+def _aside(config: Path, folder: Path) -> Path:
+    """The same settings for another folder, to see how long a run takes."""
+    other = folder / "other.yaml"
+    other.write_text(config.read_text().replace(str(folder / "corpus"), str(folder / "undisturbed")))
+    return other
 
 
 def test_a_full_disk_is_one_clear_line_and_the_next_run_goes_on(
@@ -155,18 +180,6 @@ def test_a_full_disk_is_one_clear_line_and_the_next_run_goes_on(
     monkeypatch.undo()
     main(settings(tmp_path / "corpus", scans))
     assert state(tmp_path / "corpus") == expected
-
-
-def test_a_killed_worker_is_told_with_its_task() -> None:
-    with pytest.raises(
-        WorkerLost, match=r"killed.* in work: .*15.*run the same command again with fewer workers \(workers=1\)"
-    ):
-        list(each(signal.raise_signal, [signal.Signals(15)] * 2, 2, lambda task: str(int(task))))
-
-
-def test_an_error_in_a_worker_is_raised_as_it_was() -> None:
-    with pytest.raises(FileNotFoundError, match="/no/such/file"):
-        list(each(os.stat, ["/no/such/file", "/"], 2, str))
 
 
 def test_two_at_a_time_are_refused(tmp_path: Path, scans: Path) -> None:

@@ -23,6 +23,7 @@ from data_curation.index import CorpusError
 from data_curation.slices import CODECS
 from data_curation.verify import Fault, Settings, main, verify
 from launch.cli import main as command
+from launch.crew import Workers
 from tests.data_curation.conftest import WriteScan
 from tests.data_curation.curated import settings
 
@@ -107,9 +108,9 @@ def test_the_command_says_so_and_nothing_is_changed(folder: Path, capsys: pytest
 def test_shards_are_checked_by_any_number_of_workers(folder: Path) -> None:
     flip(tar_of(folder), members(folder)[0].offset_data)
     flip(tar_of(folder, "val-000000"), members(folder, "val-000000")[1].offset_data)
-    alone = verify(folder, workers=1)
+    alone = verify(folder)
     assert len(alone) == 2
-    assert verify(folder, workers=2) == alone
+    assert verify(folder, crew=Workers(2)) == alone
 
 
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

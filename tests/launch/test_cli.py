@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from launch import cli
+from launch.call import resolve
 from launch.cli import VERBS, Verb, main
-from launch.executors import resolve
 from launch.run import Outcome
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parents[1])]))  # not an installed copy
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setitem(VERBS, "toy", Verb("a toy", "toy_verb:main", "toy_verb:Settings", run=True, ranks=True))
     monkeypatch.chdir(tmp_path)
@@ -183,11 +183,13 @@ def test_help_lists_verbs_and_settings(capsys: pytest.CaptureFixture[str]) -> No
     assert "how many folders deep" in out
 
 
-def test_every_verb_names_a_main_of_one_argument_and_settings_with_a_folder() -> None:
+def test_every_verb_names_a_main_of_its_arguments_and_settings_with_a_folder() -> None:
     for name, verb in VERBS.items():
         model, target = resolve(verb.settings), resolve(verb.main)
         assert (verb.word or "folder") in model.model_fields, name
-        assert len(inspect.signature(target).parameters) == 1, name
+        assert list(inspect.signature(target).parameters) == ["settings", "crew"][: 1 + verb.crew], name
+        assert set(verb.grows) <= set(model.model_fields), name
+        assert not verb.grows or "extend" in model.model_fields, name
 
 
 def test_a_word_that_is_no_file_fills_the_setting_of_the_verb(
@@ -230,9 +232,26 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
-def test_one_process_is_not_made_many(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["curate", "folder=c", "datasets=[{name: folder, root: .}]", "--on", "two_processes.yaml"]) == 2
-    assert "two_processes.yaml starts 2 processes, and curate is one process" in capsys.readouterr().err
+def test_one_process_is_not_made_many(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VERBS, "toy", Verb("a toy", "toy_verb:main", "toy_verb:Settings", run=True))
+    assert main(["toy", "folder=c", "--on", "two_processes.yaml"]) == 2
+    assert "two_processes.yaml starts 2 processes, and toy is one process" in capsys.readouterr().err
+
+
+def test_a_verb_that_shares_out_tasks_is_given_who_does_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verb = Verb("a toy", "toy_verb:shared", "toy_verb:Settings", run=True, crew=True)
+    monkeypatch.setitem(VERBS, "toy", verb)
+    Path("many.yaml").write_text("kind: slurm\nnodes: 2\n")
+    assert main(["toy", "folder=a"]) == 0
+    assert main(["toy", "folder=b", "--on", "two_processes.yaml"]) == 0
+    assert capsys.readouterr().out == "made: None\nmade: Workers(count=2, timeout_s=None, memory_gib=None)\n"
+    assert outcome("b")["state"] == "done"
+    assert main(["toy", "folder=c", "--on", "many.yaml"]) == 2
+    assert "many.yaml starts 2 processes, and toy is one process" in capsys.readouterr().err
+    assert main(["toy", "--help"]) == 0
+    assert "With --on its tasks are shared out" in capsys.readouterr().out
 
 
 def test_a_long_override_is_no_file_name(capsys: pytest.CaptureFixture[str]) -> None:

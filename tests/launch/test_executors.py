@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from launch.executors import EXECUTORS, Call, Processes, Slurm, Task, load_cluster, resolve
+from launch.call import Call, resolve
+from launch.executors import EXECUTORS, Processes, Slurm, load_cluster
 from launch.ranks import RankFailed
 from launch.run import Outcome, RunError, Stopped, open_run
 from launch.settings import SettingsError
+from launch.slurm import Task
 
 HERE = Path(__file__).parent
 
@@ -24,7 +26,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parents[1])]))  # not an installed copy
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that what a job in this process sets is taken back
@@ -86,7 +88,7 @@ def test_an_outcome_that_is_not_ok_comes_back(tmp_path: Path) -> None:
 def _started(tmp_path: Path) -> subprocess.Popen[str]:
     job = call(tmp_path, mode="stoppable")
     code = (
-        "import sys; from pathlib import Path; from launch.executors import *\n"
+        "import sys; from pathlib import Path; from launch.call import *; from launch.executors import *\n"
         f"try: Processes(processes=2).run(Call({job.main!r}, {job.model!r}, Path({str(tmp_path)!r})))\n"
         "except BaseException as error: print(type(error).__name__, error)"
     )
@@ -209,7 +211,7 @@ def test_a_warned_job_is_queued_again_and_a_cancelled_one_is_not(
     assert task.checkpoint().function == task
 
 
-@pytest.mark.parametrize("name", ["here.yaml", "two_processes.yaml", "slurm_example.yaml"])
+@pytest.mark.parametrize("name", ["here.yaml", "two_processes.yaml", "slurm_array.yaml", "slurm_example.yaml"])
 def test_packaged_cluster_files_are_valid(name: str) -> None:
     executor = load_cluster(name)
     assert type(executor) in EXECUTORS.values()

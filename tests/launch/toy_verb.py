@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from launch.crew import Crew
 from launch.run import Outcome, Stopped
 from launch.settings import Settings as Base
 
@@ -48,6 +49,11 @@ def main(settings: Settings) -> Outcome:
     if mode == "wait" and settings.mode != "fine":
         time.sleep(300)
     return Outcome(made=("a toy",), next=("play with it",), ok=mode != "not_ok")
+
+
+def shared(settings: Settings, crew: Crew | None = None) -> Outcome:
+    """Say who would do the tasks."""
+    return Outcome(made=(str(crew),))
 
 
 def dry_run(settings: Settings) -> str:
