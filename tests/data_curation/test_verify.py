@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,12 @@ from hypothesis import strategies as st
 from data_curation.curate import main as curate
 from data_curation.index import CorpusError
 from data_curation.slices import CODECS
-from data_curation.verify import Fault, Settings, main, verify
+from data_curation.verify import Settings, main, verify
 from launch.cli import main as command
-from launch.crew import Workers
+from launch.crew import Each, Lost, Workers
 from tests.data_curation.conftest import WriteScan
 from tests.data_curation.curated import settings
-
-TRAIN = "train-000000"
+from tests.data_curation.damaging import TRAIN, flip, members, overwrite, put, rewrite, tar_of
 
 
 @pytest.fixture(scope="module")
@@ -50,38 +49,6 @@ def folder(sound: Path, tmp_path: Path) -> Path:
     """A copy to be damaged, as somebody else got it: without private/."""
     shutil.copytree(sound, tmp_path / "corpus", ignore=shutil.ignore_patterns("private"))
     return tmp_path / "corpus"
-
-
-def tar_of(folder: Path, name: str = TRAIN) -> Path:
-    return folder / "shards" / f"{name}.tar"
-
-
-def members(folder: Path, name: str = TRAIN) -> list[tarfile.TarInfo]:
-    with tarfile.open(tar_of(folder, name)) as tar:
-        return tar.getmembers()
-
-
-def overwrite(path: Path, at: int, data: bytes) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at)
-        file.write(data)
-
-
-def flip(path: Path, at: int, bit: int = 0) -> None:
-    with open(path, "rb") as file:
-        file.seek(at)
-        overwrite(path, at, bytes([file.read(1)[0] ^ 1 << bit]))
-
-
-def rewrite(folder: Path, change: Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]) -> None:
-    """Unpacks the training shard, changes its members, packs it as a shard is packed."""
-    with tarfile.open(tar_of(folder)) as tar:
-        held = [(info, tar.extractfile(info).read()) for info in tar.getmembers()]  # type: ignore[union-attr]
-    change(held)
-    with tarfile.open(tar_of(folder), "w", format=tarfile.USTAR_FORMAT) as tar:
-        for info, data in held:
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def told(folder: Path, **more: bool) -> list[str]:
@@ -223,15 +190,6 @@ def edit(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(change(index), folder / "index.parquet")
 
 
-def put(table: pa.Table, row: int, **values: object) -> pa.Table:
-    for name, value in values.items():
-        column = table[name].to_pylist()
-        column[row] = value
-        at = table.schema.get_field_index(name)
-        table = table.set_column(at, table.schema.field(name), pa.array(column, table.schema.field(name).type))
-    return table
-
-
 def test_a_lost_row_of_the_index_is_named(folder: Path) -> None:
     key = pq.read_table(folder / "index.parquet")["key"][3].as_py()
     edit(folder, lambda index: pa.concat_tables([index.slice(0, 3), index.slice(4)]))
@@ -367,5 +325,18 @@ def test_a_folder_without_a_corpus_is_an_error(tmp_path: Path) -> None:
     assert command(["verify", f"folder={tmp_path}"]) == 2
 
 
-def test_faults_read_as_one_line() -> None:
-    assert str(Fault("a.tar", "k", "is bad", "mend it")) == "a.tar, sample k: is bad; mend it"
+class Losing:
+    """A crew whose workers die."""
+
+    @contextmanager
+    def open(self) -> Iterator[Each]:
+        yield lambda function, tasks, name: ((task, Lost("crashed", "ended two workers")) for task in tasks)
+
+    def limited(self, timeout_s: float | None, memory_gib: float | None) -> Losing:
+        return self
+
+
+def test_a_shard_that_cannot_be_checked_is_a_fault(folder: Path) -> None:
+    faults = verify(folder, crew=Losing())
+    assert {fault.file for fault in faults} == {f"shards/{path.name}" for path in (folder / "shards").iterdir()}
+    assert str(faults[-1]) == f"shards/{faults[-1].file[7:]}: checking it ended two workers; run the check again"
