@@ -51,6 +51,9 @@ VERBS = {
         grows=("datasets", "evaluation"),
     ),
     "report": Verb("what is in a corpus: HTML, PNG", "data_curation.report:main", "data_curation.report:Settings"),
+    "verify": Verb(
+        "is every byte of a corpus what it was?", "data_curation.verify:main", "data_curation.verify:Settings"
+    ),
     "pretrain": Verb(
         "a corpus -> a backbone", "pretrain.train:main", "pretrain.settings:Settings", run=True, ranks=True
     ),
