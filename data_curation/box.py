@@ -59,9 +59,7 @@ def body_box(plane: NDArray[np.int16], spacing: tuple[float, float], margin_mm: 
     return every, _around((sizes >= sizes.max() / 5)[labels], steps, steps, plane.shape)
 
 
-def _around(
-    blocks: NDArray[np.bool_], steps: Sequence[int], margins: Sequence[int], shape: tuple[int, ...]
-) -> Box:
+def _around(blocks: NDArray[np.bool_], steps: Sequence[int], margins: Sequence[int], shape: tuple[int, ...]) -> Box:
     ends = []
     for axis, (step, margin, whole) in enumerate(zip(steps, margins, shape, strict=True)):
         places = np.flatnonzero(blocks.any(1 - axis))

@@ -24,11 +24,12 @@ from data_curation.accounts import (
     write_left_out,
     write_refused,
     write_sources,
+    write_throughput,
 )
 from data_curation.aside import sweep
 from data_curation.finished import changed, read_finished, write_finished
 from data_curation.index import fingerprint, link, merge
-from data_curation.listing import CurateError, gather
+from data_curation.listing import EVALUATION, CurateError, gather
 from data_curation.plan import Candidate, Plan, PlanRules, plan
 from data_curation.relatives import relatives
 from data_curation.scan import SCAN, Scan, ScanTask, marks, read_constants
@@ -74,8 +75,9 @@ def main(settings: Settings, crew: Crew | None = None) -> Outcome:
         scans |= scan_all(folder, new, each)
         planned = _plan(settings, tasks, scans, refused, finished)
         again = write_all(folder, planned, tasks, scans, each, bool(finished))
-        read = sum(scans[task.volume].slices for task in new) + again
-        outcome = _finish(settings, tasks, planned, refused, (read, time.monotonic() - start))
+        read, took = sum(scans[task.volume].slices for task in new) + again, time.monotonic() - start
+        write_throughput(folder, read, took, workers_for(settings.workers))
+        outcome = _finish(settings, tasks, planned, refused, (read, took))
         write_finished(folder, planned.shards, extended=bool(finished))
         return outcome
 
@@ -136,7 +138,7 @@ def _plan(
     for task in tasks:
         verdict = scans[task.volume]
         if not task.spool:
-            remedy = "" if task.dataset.startswith("evaluation ") else ": include_held_out=true would take it"
+            remedy = "" if task.case.dataset == EVALUATION else ": include_held_out=true would take it"
             reason, detail = "held_out", f"{task.case.held_out}{remedy}"
         elif task.volume in planned.refused:
             reason, detail = planned.refused[task.volume]

@@ -37,7 +37,8 @@ class Rules:
     slices: int = 3  # fewer equal slices tie nothing
     correlation: float = 0.90  # least median over the slices of the smaller volume
     distance: int = 7  # greatest median of the bits that differ, of 63: smooth slices correlate whoever they show
-    same: float = 0.90  # of one slice, in a pair that is the same scan
+    same: float = 0.90  # of one slice that lies on the line
+    repeated: float = 0.98  # of one slice, to say that it shows nothing new: another contrast phase stays below
     step: float = 8.0  # largest ratio of the two distances between slices
 
 
@@ -271,7 +272,7 @@ def _compare(
     if not swap:
         slope, start = line
         seen, inside = _along(matrix.T, 1 / slope, -start / slope)
-    return correlation, turn, inside & ((seen >= rules.same) | (second.codes == 0))
+    return correlation, turn, inside & ((seen >= rules.repeated) | (second.codes == 0))
 
 
 def _turned_rows(rows: NDArray[np.float32], turn: int) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from data_curation.scan import ScanTask, stamp
 from data_curation.settings import Evaluation, Settings, Terms
 from data_curation.volumes import Found, find
 
-__all__ = ["CurateError", "gather"]
+__all__ = ["EVALUATION", "CurateError", "gather"]
 
 CHANNEL = re.compile(r"(_\d{4})?\.(nii(\.gz)?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
 
@@ -33,7 +33,8 @@ def gather(settings: Settings) -> tuple[list[ScanTask], list[Refused]]:
     refused: list[Refused] = []
     taken: dict[str, str] = {}
     named = [(f"data set {one.called}", one.root) for one in settings.datasets]
-    for name, root in (*named, *((f"evaluation {one.root.name}", one.root) for one in settings.evaluation)):
+    scored = [(one.id or f"evaluation {number}", one) for number, one in enumerate(settings.evaluation, 1)]
+    for name, root in (*named, *((name, one.root) for name, one in scored)):
         if not root.is_dir():
             raise CurateError(f"{name}: {root} is not a folder on this machine")
     for source in settings.datasets:
@@ -51,8 +52,7 @@ def gather(settings: Settings) -> tuple[list[ScanTask], list[Refused]]:
                 continue
             taken[task.volume] = case.source
             tasks.append(task)
-    for evaluation in settings.evaluation:
-        name = f"evaluation {evaluation.root.name}"
+    for name, evaluation in scored:
         tasks += [_task(settings, name, Terms("", False), case) for case in _to_score(evaluation, name)]
     return tasks, refused
 

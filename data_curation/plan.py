@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from data_curation.index import Links, split_of
 from data_curation.shards import Part, Shard
 
-__all__ = ["DUPLICATES", "EXCLUDED", "Candidate", "Plan", "PlanRules", "plan"]
+__all__ = ["DUPLICATES", "EXCLUDED", "HELD_OUT", "Candidate", "Plan", "PlanRules", "plan"]
 
 DUPLICATES = "duplicates"
+HELD_OUT = "tied to a case that is held out for testing"  # why a volume is withdrawn
 EXCLUDED = "excluded"  # the split of slices in finished shards that must no longer be used
 
 
@@ -84,7 +85,7 @@ def plan(candidates: Sequence[Candidate], links: Links, rules: PlanRules, finish
             continue
         if one.volume in settled:
             if leak:
-                withdrawn[one.volume] = "tied to a case that is held out for testing"
+                withdrawn[one.volume] = HELD_OUT
             elif settled[one.volume] != split:
                 withdrawn[one.volume] = f"tied to a patient of the split {split}"
             continue

@@ -61,6 +61,7 @@ class Evaluation(Base):
     """A data set in nnU-Net's raw format that models will be scored on: its imagesTs and one fold of its imagesTr."""
 
     root: Path = Field(description="the folder that holds imagesTr and imagesTs")
+    id: str = Field("", description="its name in the lists; default: evaluation 1, 2, ...")
     fold: int = Field(0, ge=0, description="the fold that validates")
     folds: int = Field(5, ge=2, description="folds the training cases are cut into")
 
@@ -125,7 +126,7 @@ class Settings(Base):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        names = Counter(source.called for source in self.datasets)
+        names = Counter([*(one.called for one in self.datasets), *(one.id for one in self.evaluation if one.id)])
         twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise ValueError(f"two data sets are called {', '.join(twice)}: give each its own `id:`")

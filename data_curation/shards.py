@@ -26,7 +26,7 @@ from data_curation.index import SCHEMA, CorpusError
 from data_curation.scan import read_rows, spool_path
 from data_curation.slices import checksum
 
-__all__ = ["BLOCK", "OWNER", "Part", "Shard", "is_written", "write_shard"]
+__all__ = ["BLOCK", "OWNER", "Part", "Shard", "facts_of", "is_written", "write_shard"]
 
 BLOCK = tarfile.BLOCKSIZE
 OWNER = "axial"
@@ -102,7 +102,7 @@ def _fill(file: IO[bytes], rows: list[dict[str, Any]], spools: Mapping[str, IO[b
             raise CorpusError(
                 f"{spool.name} was damaged and is removed now; run the same command again to read its scan"
             )
-        facts = json.dumps(_facts(row), separators=(",", ":")).encode()
+        facts = json.dumps(facts_of(row), separators=(",", ":")).encode()
         row["offset"] = at + BLOCK
         for ending, content in ((row["codec"], data), ("json", facts)):
             at += file.write(_header(f"{row['key']}.{ending}", len(content)))
@@ -136,9 +136,21 @@ def _open_spool(folder: Path, volume: str) -> IO[bytes]:
         raise CorpusError(f"{error.filename}: {error.strerror}; run the same command again to read its scan") from None
 
 
-def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a reader of the stream gets beside the pixels; nothing that names a patient."""
-    same = ("dataset", "volume", "z", "n_slices", "hu_min", "hu_max", "body_fraction", "split", "licence", "sha256")
+    same = (
+        "dataset",
+        "volume",
+        "z",
+        "n_slices",
+        "hu_min",
+        "hu_max",
+        "body_fraction",
+        "split",
+        "licence",
+        "sha256",
+        "crc32",
+    )
     spacing = [row["spacing_z"], row["spacing_y"], row["spacing_x"]]
     pairs = {"shape_yx": ("height", "width"), "frame_yx": ("frame_height", "frame_width"), "box_yx": ("box_y", "box_x")}
     places = {name: [row[y], row[x]] for name, (y, x) in pairs.items()}

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,50 +55,45 @@ class Codec:
     decode: Callable[[bytes | memoryview], NDArray[np.int16]]
 
 
-def _encode_htj2k(hu: NDArray[np.int16]) -> bytes:
+def _codecs() -> Any:
+    """imagecodecs, imported when needed; its own types leave out what it takes, such as views of mapped files."""
     import imagecodecs
 
-    return bytes(imagecodecs.htj2k_encode(hu))
+    return imagecodecs
+
+
+def _encode_htj2k(hu: NDArray[np.int16]) -> bytes:
+    return bytes(_codecs().htj2k_encode(hu))
 
 
 def _decode_htj2k(data: bytes | memoryview) -> NDArray[np.int16]:
-    import imagecodecs
-
-    hu: NDArray[np.int16] = imagecodecs.htj2k_decode(data)
+    hu: NDArray[np.int16] = _codecs().htj2k_decode(data)
     return hu
 
 
 def _encode_png(hu: NDArray[np.int16]) -> bytes:
-    import imagecodecs
-
     room = 2 * hu.nbytes + 32 * len(hu) + 4096  # imagecodecs' own guess is too small for tall, narrow images
-    return bytes(imagecodecs.png_encode(hu.view(np.uint16) ^ np.uint16(0x8000), level=1, out=room))
+    return bytes(_codecs().png_encode(hu.view(np.uint16) ^ np.uint16(0x8000), level=1, out=room))
 
 
 def _decode_png(data: bytes | memoryview) -> NDArray[np.int16]:
-    import imagecodecs
-
-    stored: NDArray[np.uint16] = imagecodecs.png_decode(data)
+    stored: NDArray[np.uint16] = _codecs().png_decode(data)
     return (stored ^ np.uint16(0x8000)).view(np.int16)
 
 
 def _encode_blosc2(hu: NDArray[np.int16]) -> bytes:
     """Rows and columns as little-endian 16 bits each, then a blosc2 chunk of the pixels as little-endian int16."""
-    import imagecodecs
-
     pixels = np.ascontiguousarray(hu, "<i2")
-    packed = imagecodecs.blosc2_encode(pixels, level=1, compressor="zstd", shuffle=1, typesize=2, numthreads=1)
+    packed = _codecs().blosc2_encode(pixels, level=1, compressor="zstd", shuffle=1, typesize=2, numthreads=1)
     return struct.pack("<HH", *hu.shape) + bytes(packed)
 
 
 def _decode_blosc2(data: bytes | memoryview) -> NDArray[np.int16]:
-    import imagecodecs
-
     if len(data) <= _SIZES or 0 in (shape := struct.unpack_from("<HH", data)):
         raise ValueError("no rows and columns at its start")
     hu = np.empty(shape, "<i2")
     pixels = hu.reshape(-1).view(np.uint8)
-    filled = len(imagecodecs.blosc2_decode(memoryview(data)[_SIZES:], out=pixels, numthreads=1))
+    filled = len(_codecs().blosc2_decode(memoryview(data)[_SIZES:], out=pixels, numthreads=1))
     if filled != hu.nbytes:
         raise ValueError(f"it holds {filled} bytes of pixels, not {hu.nbytes}")
     return hu
@@ -155,9 +150,8 @@ def content(hu: NDArray[np.int16]) -> str:
 
 def checksum(data: bytes | memoryview) -> int:
     """CRC-32 of stored bytes, by zlib-ng where imagecodecs has it: a seventh of the time of Python's own zlib."""
-    import imagecodecs
-
-    return int(imagecodecs.zlibng_crc32(data)) if imagecodecs.ZLIBNG.available else zlib.crc32(data)
+    codecs = _codecs()
+    return int(codecs.zlibng_crc32(data)) if codecs.ZLIBNG.available else zlib.crc32(data)
 
 
 def _codec(name: str) -> Codec:
@@ -235,4 +229,6 @@ def cut(
         if rule.box == "body":
             yield Slice(z, shown, trunk.of(plane), around, (height, width), body, highest, missed / plane.size)
         else:
-            yield Slice(z, np.ascontiguousarray(plane), trunk.of(plane), Box(0, 0, height, width), (height, width), body)
+            yield Slice(
+                z, np.ascontiguousarray(plane), trunk.of(plane), Box(0, 0, height, width), (height, width), body
+            )

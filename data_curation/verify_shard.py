@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_curation.index import INDEX, SCHEMA, CorpusError, read_part
-from data_curation.shards import BLOCK
-from data_curation.shards import _facts as facts_of
+from data_curation.shards import BLOCK, facts_of
 from data_curation.slices import SliceError, checksum, decode, sha256
 from data_curation.spans import Span, rows_of
 from data_curation.tarwalk import Broken, Member, blocks, walk
@@ -220,7 +218,7 @@ class _Tar:
             yield "its JSON is no object"
             return
         wanted = facts_of(row) | ({"split": row["written"]} if row["written"] else {"split": facts.get("split")})
-        wrong = [name for name in sorted(wanted | facts) if not _same(name, facts.get(name), wanted.get(name))]
+        wrong = [name for name in sorted(wanted | facts) if not _same(facts.get(name), wanted.get(name))]
         if wrong:
             yield f"its JSON says something else than the index about {', '.join(wrong)}"
         elif json.dumps(facts, separators=(",", ":")).encode() != data:
@@ -244,9 +242,5 @@ class _Tar:
                 self.say(row["key"], f"{' and '.join(lost)} cannot be found in the shard")
 
 
-def _same(name: str, stored: object, wanted: object) -> bool:
-    """Equal; the spacing once rounded to the 32 bits of the index, since JSON has it with all its digits."""
-    if name == "spacing_zyx_mm" and isinstance(stored, list) and isinstance(wanted, list):
-        numbers = all(isinstance(value, int | float) for value in stored)
-        return numbers and np.array_equal(np.array(stored, np.float32), np.array(wanted, np.float32))
+def _same(stored: object, wanted: object) -> bool:
     return type(stored) is type(wanted) and stored == wanted

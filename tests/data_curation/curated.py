@@ -24,6 +24,6 @@ def main(settings: Settings) -> Outcome:
 
 
 def state(folder: Path) -> dict[str, str]:
-    """Hash of every file below the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Hash of every file below the folder but for the note of how long it took."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "throughput.json")
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

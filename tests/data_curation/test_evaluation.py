@@ -88,5 +88,5 @@ def test_a_folder_without_images_stops_the_run(tmp_path: Path, benchmark: list[s
     (tmp_path / "bare").mkdir()
     with pytest.raises(CurateError, match=r"neither .*imagesTr nor imagesTs beside it holds an image"):
         main(given(tmp_path, root=tmp_path / "bare"))
-    with pytest.raises(CurateError, match=r"evaluation none: .* is not a folder"):
+    with pytest.raises(CurateError, match=r"evaluation 1: .* is not a folder"):
         main(given(tmp_path, root=tmp_path / "none"))

@@ -96,7 +96,7 @@ REPACKAGED: dict[str, tuple[Callable[[Hu], Hu], float]] = {
 def test_a_planted_copy_is_found(what: str, patients: list[Hu]) -> None:
     change, share = REPACKAGED[what]
     signs = Signs(*patients[:4], change(patients[2]))
-    (found,) = signs.alike()
+    (found,) = signs.alike(Rules(repeated=0.90))
     assert (found.first, found.second) == (2, 4)
     assert found.same.shape == (len(signs.codes[4]),)
     assert found.same.mean() >= share

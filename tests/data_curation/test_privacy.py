@@ -232,7 +232,6 @@ def test_a_run_that_must_stop_names_nobody(planted: Path, tmp_path: Path) -> Non
     assert found_in((folder / "outcome.json").read_bytes()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="cases to be scored go by the name of their folder")
 def test_the_folder_of_cases_to_be_scored_is_not_named(planted: Path, tmp_path: Path) -> None:
     scored = tmp_path / PLANTED["folder"]
     shutil.copytree(planted / NRRD / PLANTED["folder"], scored / "imagesTs")
