@@ -70,12 +70,17 @@ TREES = {
 LOOSE = [name for name in CATALOGUE if name != "folder"]
 
 
-def grow(name: str, root: Path) -> Path:
+def grow(
+    name: str,
+    root: Path,
+    shape: tuple[int, int, int] = SHAPE,
+    spacing: tuple[float, float, float] = SPACING,
+) -> Path:
     """The phantoms of TREES below `root`, as they lie after unpacking; returns the data set's own folder."""
     tree, own = TREES[name], CATALOGUE[name].folder
     options = {} if tree.tests is None else {"tests": tree.tests}
     unpacked = root if own and name != "totalsegmentator" else root / (own or "data")
-    write(name, unpacked, tree.seeds, SHAPE, SPACING, **options)
+    write(name, unpacked, tree.seeds, shape, spacing, **options)
     return root / (own or "data")
 
 
