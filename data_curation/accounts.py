@@ -22,6 +22,7 @@ from data_curation.aside import aside, write_parquet
 from launch.progress import duration, rate
 
 __all__ = [
+    "HELD_OUT",
     "REFUSALS",
     "Listed",
     "Refused",
@@ -29,6 +30,7 @@ __all__ = [
     "count",
     "summary",
     "write_corpus",
+    "write_held_out",
     "write_left_out",
     "write_refused",
     "write_sources",
@@ -37,6 +39,7 @@ __all__ = [
 
 REFUSED = pa.schema([(name, pa.string()) for name in ("dataset", "volume", "reason")])
 LEFT_OUT = pa.schema([("dataset", pa.string()), ("volume", pa.string()), ("z", pa.int32()), ("reason", pa.string())])
+HELD_OUT = pa.schema([(name, pa.string()) for name in ("dataset", "volume", "patient", "content")])
 REFUSALS = Path("private", "refused.csv")  # file names of the user's, hence private
 PACKAGES = ("axial-ct", "SimpleITK", "imagecodecs", "numpy", "pyarrow", "webdataset")
 
@@ -87,6 +90,15 @@ def write_left_out(
                 waiting = []
         writer.write_table(pa.Table.from_pylist(waiting, LEFT_OUT))
     return counts
+
+
+def write_held_out(folder: Path, volumes: Iterable[tuple[str, str, str, Sequence[str]]]) -> None:
+    """held_out.parquet: (data set, volume, patient, contents of its slices) of the scans that are kept for testing, so
+    that anyone can prove that they are not in the corpus."""
+    with aside(folder / "held_out.parquet") as file, pq.ParquetWriter(file, HELD_OUT, compression="zstd") as writer:
+        for *names, contents in volumes:
+            columns = [pa.repeat(pa.scalar(name, pa.string()), len(contents)) for name in names]
+            writer.write_table(pa.table([*columns, pa.array(contents, pa.string())], schema=HELD_OUT))
 
 
 def write_sources(folder: Path, identities: Sequence[Sequence[str]]) -> None:

@@ -21,6 +21,7 @@ from data_curation.accounts import (
     count,
     summary,
     write_corpus,
+    write_held_out,
     write_left_out,
     write_refused,
     write_sources,
@@ -32,7 +33,7 @@ from data_curation.index import fingerprint, link, merge
 from data_curation.listing import EVALUATION, CurateError, gather
 from data_curation.plan import Candidate, Plan, PlanRules, plan
 from data_curation.relatives import relatives
-from data_curation.scan import SCAN, Scan, ScanTask, marks, read_constants
+from data_curation.scan import SCAN, Scan, ScanTask, marks, read_constants, read_contents
 from data_curation.settings import Settings, Source, Splits
 from data_curation.shards import Shard
 from data_curation.work import known, scan_all, write_all
@@ -172,6 +173,8 @@ def _finish(
     write_sources(folder, [(t.volume, t.dataset, c.source, c.patient, c.study, c.series) for t, c in named])
     tally = Tally()
     whole = fingerprint(tally.watch(merge(folder, [shard.name for shard in planned.shards], planned.withdrawn)))
+    apart = [task for task in tasks if not task.spool]
+    write_held_out(folder, ((t.dataset, t.volume, t.patient, read_contents(folder, t.volume)) for t in apart))
     kept = [task for task in tasks if task.volume in tally.volumes]
     thinned = ((task.dataset, task.volume, read_constants(folder, task.volume)["left_out"]) for task in kept)
     listed = {one.called: Listed(one.called, one.name, one.terms.licence) for one in settings.datasets}

@@ -57,6 +57,11 @@ def proofs(folder: Path, rules: Mapping[str, Any]) -> tuple[Proof, ...]:
         if pc.any(gone).as_py():
             sides = ("withdrawn, as they are tied to a held-out case", "train or val")
             found.append(_proof(what, sides, values, pc.and_(gone, there), pc.and_(used, there)))
+    secret = read_part(folder / "held_out.parquet", ["patient", "content"])
+    sides = ("held out for testing, not in the corpus", "train or val")
+    for column, what in (("patient", "patients"), ("content", COLUMNS["content"])):
+        values = pc.unique(secret[column].filter(pc.not_equal(secret[column], "")))
+        found.append(_shared(what, sides, values, pc.unique(read_index(folder, [column])[column].filter(used))))
     volumes = pc.unique(read_index(folder, ["volume"])["volume"].filter(used))
     refused = _refused(folder)
     for reason, what in (("held_out", "held-out volumes"), ("held_out_related", "volumes tied to a held-out one")):

@@ -33,6 +33,7 @@ __all__ = [
     "has_spool",
     "marks",
     "read_constants",
+    "read_contents",
     "read_rows",
     "read_scan",
     "scan",
@@ -221,6 +222,12 @@ def marks(folder: Path, volume: str) -> tuple[NDArray[np.uint64], NDArray[np.uin
     table = read_part(_proof_path(folder, volume), ["content", "code", "doubt"])
     contents = [int(name[:16] or "0", 16) for name in table["content"].to_pylist()]
     return np.array(contents, np.uint64), table["code"].to_numpy(), table["doubt"].to_numpy()
+
+
+def read_contents(folder: Path, volume: str) -> list[str]:
+    """Per measured slice its content, see slices.py."""
+    contents: list[str] = read_part(_proof_path(folder, volume), ["content"])["content"].to_pylist()
+    return contents
 
 
 def thumbs(folder: Path, volume: str) -> NDArray[np.uint8]:

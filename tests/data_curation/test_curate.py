@@ -32,7 +32,8 @@ def refused(folder: Path) -> dict[str, str]:
 
 def test_what_a_corpus_holds(corpus: Path, scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in corpus.iterdir()) == [
-        "corpus.json", "index.parquet", "left_out.parquet", "private", "refused.parquet", "rows", "shards"
+        "corpus.json", "held_out.parquet", "index.parquet", "left_out.parquet", "private", "refused.parquet", "rows",
+        "shards",
     ]  # fmt: skip
     facts = json.loads((corpus / "corpus.json").read_text())
     assert (facts["slices"], facts["volumes"], facts["duplicate_slices"]) == (97, 11, 8)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_curation.accounts import HELD_OUT
 from data_curation.box import Box
 from data_curation.index import SCHEMA, CorpusError, fingerprint
 from data_curation.phantom import make
@@ -78,6 +79,7 @@ def save(folder: Path, rows: list[dict[str, object]]) -> Path:
     ):
         values = zip(*lines, strict=True)  # type: ignore[call-overload]
         pq.write_table(pa.table(dict(zip(columns, values, strict=True))), folder / f"{name}.parquet")
+    pq.write_table(HELD_OUT.empty_table(), folder / "held_out.parquet")
     return folder
 
 
@@ -264,7 +266,7 @@ def test_equal_pixels_across_splits_are_found_without_trusting_the_groups(tmp_pa
     rows = pq.read_table(folder / "index.parquet").to_pylist()
     rows[4]["content"], rows[4]["sha256"] = rows[0]["content"], rows[0]["sha256"]
     facts = gather(save(folder, rows))
-    assert [proof.shared for proof in facts.proofs] == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert [proof.shared for proof in facts.proofs] == [0, 0, 1, 1, 0, 0, 0, 0, 0, 0]
     for row in rows:
         row["content"] = ""  # uniform slices say nothing
     assert [proof.shared for proof in gather(save(folder, rows)).proofs] == [0] * 8
