@@ -107,6 +107,13 @@ def test_cross_entropy_computes_half_precision_logits_in_float32() -> None:
     assert logits.grad.dtype == torch.bfloat16
 
 
+def test_cross_entropy_is_the_same_under_autocast() -> None:
+    logits, targets = _random(4, 1000) * 3, _random(4, 1000, seed=1).softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = soft_cross_entropy(logits, targets, 0.1)
+    torch.testing.assert_close(under, soft_cross_entropy(logits, targets, 0.1), rtol=1e-5, atol=0)
+
+
 def test_dino_is_official() -> None:
     targets = GOLDEN[RANK0 + "dino.teacher_probs"]
     _check(lambda x: dino.dino_loss(x, targets, 0.1), RANK0 + "dino_local.student_logits", RANK0 + "dino_local")
