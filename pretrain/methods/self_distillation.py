@@ -23,7 +23,7 @@ from pretrain.models.vit import VitSettings
 from pretrain.models.vit import build as build_vit
 from pretrain.parallel import initialised
 from pretrain.released import Released, ReleasedError, fit, read
-from pretrain.schedule import Schedule
+from pretrain.schedule import Momentum, Schedule
 
 __all__ = ["GramTeacher", "SelfDistillation", "Settings", "build"]
 
@@ -46,7 +46,7 @@ class Settings(launch.settings.Settings):
     """Self-distillation with any set of terms."""
 
     kind: Literal["self_distillation"] = "self_distillation"
-    momentum: Schedule = Field(Schedule(peak=0.994), description="share of the EMA teacher that stays at each step")
+    momentum: Momentum = Field(Schedule(peak=0.994), description="share of the EMA teacher that stays at each step")
     terms: dict[str, Loss | None] = Field(
         default=cast(Any, {}),
         description="loss terms by name, which is the kind unless one is given; dino, ibot and koleo are there without "
