@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,9 +15,6 @@ from pretrain.losses._cross_entropy import soft_cross_entropy
 from pretrain.losses._sinkhorn import sinkhorn
 from pretrain.models.heads import HeadSettings
 from pretrain.schedule import Positive, Schedule, resolved
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Dino", "Settings", "build", "dino_loss"]
 

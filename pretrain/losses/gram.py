@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 import launch.settings
 from pretrain.losses import Given
 from pretrain.schedule import Schedule, resolved
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Gram", "Settings", "build", "gram_loss", "resize_patches"]
 

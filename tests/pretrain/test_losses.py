@@ -162,6 +162,14 @@ def test_koleo_groups_always_divide_the_ranks(group: int, images: int, size: int
 
 
 @pytest.mark.parametrize(
+    ("group", "images", "size"),
+    [(16, 256, 16), (16, 40, 20), (16, 16, 16), (16, 8, 8), (3, 4, 4), (5, 7, 7), (2, 6, 2)],
+)
+def test_koleo_sets_of_a_rank_are_equal_and_the_smallest(group: int, images: int, size: int) -> None:
+    assert koleo.set_size(group, images) == size
+
+
+@pytest.mark.parametrize(
     ("key", "options"),
     [
         ("norm_img", {}),
