@@ -39,7 +39,7 @@ class GramTeacher(launch.settings.Settings):
     path: Path = Field(description="run folder, checkpoint, export or published file of an earlier run")
     step: int | None = Field(None, ge=0, description="step of that run's checkpoint; null: its newest")
     update_every: int = Field(0, ge=0, description="steps between two renewals, a copy of the EMA teacher; 0: none")
-    max_updates: int = Field(0, ge=0, description="renewals at most")
+    max_updates: int | None = Field(None, ge=1, description="renewals at most; null: no limit")
 
 
 class Settings(launch.settings.Settings):
@@ -186,8 +186,8 @@ class SelfDistillation:
         gram = self._settings.gram_teacher
         if self.gram_teacher is None or gram is None or not gram.update_every:
             return
-        done = step + 1
-        if done % gram.update_every == 0 and done // gram.update_every <= gram.max_updates:
+        count, early = divmod(step + 1, gram.update_every)
+        if not early and (gram.max_updates is None or count <= gram.max_updates):
             for old, new in zip(self.gram_teacher.parameters(), self.teacher["backbone"].parameters(), strict=True):
                 old.copy_(new)
 

@@ -179,9 +179,13 @@ def test_names_are_kinds_and_null_takes_a_term_away() -> None:
     assert list(again.active) == ["dino", "near"]
 
 
-def test_gram_teacher_is_renewed_when_due_and_at_most_so_often(tmp_path: Path) -> None:
-    source = keep(tmp_path, make(seed=5))
-    gram = {"path": source, "update_every": 2, "max_updates": 2}
+@pytest.mark.parametrize(
+    ("gram", "expected"), [({"max_updates": 2}, [1, 3]), ({}, [1, 3, 5, 7]), ({"update_every": 0}, [])]
+)
+def test_gram_teacher_is_renewed_when_due_and_at_most_so_often(
+    tmp_path: Path, gram: dict[str, int], expected: list[int]
+) -> None:
+    gram = {"path": keep(tmp_path, make(seed=5)), "update_every": 2, **gram}  # type: ignore[dict-item]
     method = make({**TERMS, "gram": {}}, gram_teacher=gram)
     frozen, teacher = method.networks["gram_teacher"]["backbone"], method.teacher["backbone"]
     assert not same(frozen, teacher)
@@ -193,7 +197,7 @@ def test_gram_teacher_is_renewed_when_due_and_at_most_so_often(tmp_path: Path) -
         method.after_step(step)
         if same(frozen, teacher):
             renewed.append(step)
-    assert renewed == [1, 3]
+    assert renewed == expected
 
 
 def test_a_term_of_weight_zero_costs_no_gram_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
