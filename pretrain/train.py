@@ -181,8 +181,7 @@ def flops_per_step(settings: Settings) -> float:
     total = 0.0
     for shape in settings.data.crops.shapes:
         first, second = (_flops(settings, shape, (width, blocks, heads), few) for blocks in (1, 2))
-        share = shape.probability if settings.data.crops.mix else 1.0
-        total += share * (first + (depth - 1) * (second - first))
+        total += shape.probability * (first + (depth - 1) * (second - first))
     return total * batch / few
 
 

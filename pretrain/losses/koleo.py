@@ -38,7 +38,8 @@ def koleo_loss(x: Tensor, among: Tensor | None = None, first: int = 0, neighbour
     """-mean log distance from each row of ``x`` [B, D] to its nearest among ``among`` [G, D] (``x`` itself if not
     given).
 
-    Row i of ``x`` is row ``first + i`` of ``among``. In float32 whatever comes in. Zero, with zero gradient, if there
+    Row i of ``x`` is row ``first + i`` of ``among``. In float32 whatever comes in; under bf16 a GPU seeks the
+    neighbours by TF32 products, their distances are exact. Zero, with zero gradient, if there
     is nobody to be a neighbour; fewer neighbours than asked for are taken where the group is small.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
