@@ -29,8 +29,8 @@ class Settings(launch.settings.Settings):
     group: int | None = Field(
         None,
         ge=2,
-        description="images among which neighbours are sought: a rank with more is split into the smallest equal sets of "
-        "at least so many, one with fewer joins adjacent ranks; null: all of one rank",
+        description="images among which neighbours are sought: a rank with more is split into the smallest equal sets "
+        "of at least so many, one with fewer joins adjacent ranks; null: all of one rank",
     )
 
 

@@ -26,12 +26,12 @@ IMAGES, DIM, GRID = 4, 16, 4
 
 def _features(seed: int, crops: int = 2, grid: int = GRID) -> Features:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((DIM,), (2, DIM), (grid**2, DIM), (3 + grid**2, DIM))
+    shapes = ((DIM,), (2, DIM), (grid**2, DIM))
     return Features(*(torch.randn(crops * IMAGES, *shape, generator=generator).requires_grad_() for shape in shapes))
 
 
 def _fields(features: Features) -> list[Tensor]:
-    return [x.detach() for x in (features.cls, features.registers, features.patches, features.prenorm)]
+    return [x.detach() for x in (features.cls, features.registers, features.patches)]
 
 
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
