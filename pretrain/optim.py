@@ -109,17 +109,17 @@ def build_optimizer(student: nn.Module, settings: OptimSettings) -> torch.optim.
 
 
 @torch.no_grad()
-def clip_gradients(student: nn.Module, largest: float) -> dict[str, Tensor]:
-    """Scales the gradients of each part to a norm of at most ``largest`` (0: any); its norm before, on the device, by
-    name.
+def clip_gradients(student: nn.Module, largest: float | None) -> dict[str, Tensor]:
+    """Scales the gradients of each part to a norm of at most ``largest``; its norm before, on the device, by name.
 
-    Never waits for the device. A norm that is not finite makes that part's gradients so too: look before stepping.
+    With None it only measures. Never waits for the device. A norm that is not finite makes that part's gradients so
+    too: look before stepping.
     """
     norms = {}
     for part, module in student.named_children():
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norms[part] = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if largest and parameters:
+        if largest is not None and parameters:
             torch.nn.utils.clip_grads_with_norm_(parameters, largest, norms[part])
     return norms
