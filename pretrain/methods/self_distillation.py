@@ -138,10 +138,13 @@ class SelfDistillation:
         fresh = {name: initialised(part, seed + number) for number, (name, part) in enumerate(student.items())}
         states: dict[str, Mapping[str, Mapping[str, Tensor]]] = {"student": fresh, "teacher": fresh}
         if source is not None:
-            for which in states:
-                found = read(source.path, source.step, which)
-                say(f"{which}:")
-                states[which] = {"backbone": fit(found, self._model, say), **_heads(found, fresh, source, say)}
+            # A run has both; a file is one network, read once for both.
+            both = (("student",), ("teacher",)) if source.path.is_dir() else (("student", "teacher"),)
+            for names in both:
+                found = read(source.path, source.step, names[0])
+                say(f"{' and '.join(names)}:")
+                taken = {"backbone": fit(found, self._model, say), **_heads(found, fresh, source, say)}
+                states |= dict.fromkeys(names, taken)
         if self.gram_teacher is not None:
             gram = self._settings.gram_teacher
             assert gram is not None, "a gram term without a Gram teacher"
@@ -205,7 +208,9 @@ def _heads(
 ) -> dict[str, Mapping[str, Tensor]]:
     """Heads of the source where it has them and they are wanted, else fresh ones."""
     heads: dict[str, Mapping[str, Tensor]] = {}
-    for name in fresh.keys() - {"backbone"}:
+    for name in fresh:
+        if name == "backbone":
+            continue
         theirs = found.heads.get(name)
         if not source.heads or theirs is None:
             say(f"  {name}: starts fresh ({'init_from.heads is off' if theirs is not None else 'not in the file'})")
