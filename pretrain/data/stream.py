@@ -263,6 +263,7 @@ class Batches(Iterator[Batch]):
         self._loaded: Iterator[Any] = iter(loader)
         self._side = torch.cuda.Stream(world.device) if cuda else None  # type: ignore[no-untyped-call]
         self._ahead: Batch | None = None
+        atexit.register(self.close)  # else Python's exit sends each worker the one SIGTERM that it overlooks, and waits
 
     def __next__(self) -> Batch:
         if self._side is None:
@@ -277,7 +278,10 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Ends the workers; the iterator is of no use afterwards."""
+        atexit.unregister(self.close)
         self._ahead = None
+        # torch does so once its iterator is dropped, but the traceback of a worker's error holds that.
+        getattr(self._loaded, "_shutdown_workers", tuple)()
         self._loaded = iter(())
 
     def _make_aside(self, side: torch.cuda.Stream) -> Batch:
