@@ -171,7 +171,7 @@ def _make_optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer, 
         dtype = entry.properties.dtype
         whole = tuple(entry.size) == tuple(parameter.shape) and len(entry.size) > 0
         empty = torch.zeros_like(parameter, dtype=dtype) if whole else torch.zeros(entry.size, dtype=dtype)
-        fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+        fused = optimizer.defaults.get("fused")
         optimizer.state[parameter][key] = empty.detach() if whole or not fused else empty.to(parameter.device)
 
 
@@ -284,6 +284,8 @@ class Checkpoints:
         _sync(self.folder)
         self._say(f"checkpoint {final.name} written")
         steps = sorted((int(m[1]), path) for path in self.folder.iterdir() if (m := _NAME.fullmatch(path.name)))
+        # A later one is damaged, or it would have been restored: it must not count in place of the one just written.
+        steps = [(number, path) for number, path in steps if number <= step]
         for number, path in steps[: -self._settings.keep]:
             if not (self._settings.keep_every and number % self._settings.keep_every == 0):
                 doomed = path.rename(self.folder / f".deleting_{path.name}")

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 import launch.settings
@@ -27,7 +27,16 @@ class Settings(launch.settings.Settings):
         "teacher", description="which network; the EMA teacher is the better one"
     )
     heads: bool = Field(False, description="with the projection heads, as a further pretraining can use them")
-    output: Path | None = Field(None, description="file to write; null: export.safetensors in the run folder")
+    output: Path | None = Field(
+        None, description="file to write, NAME.safetensors; null: export.safetensors in the run folder"
+    )
+
+    @field_validator("output")
+    @classmethod
+    def _is_safetensors(cls, output: Path | None) -> Path | None:
+        if output is not None and output.suffix != ".safetensors":
+            raise ValueError("must end in .safetensors, by which it is known when it is read")
+        return output
 
 
 def main(settings: Settings) -> Outcome:

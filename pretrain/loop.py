@@ -47,7 +47,7 @@ class LoopSettings(Settings):
         "fp32", description="bf16: matrix products in bfloat16 by autocast; weights stay fp32"
     )
     clip: float | None = Field(
-        3.0, ge=0, description="largest gradient norm, for each part of the student on its own; 0 or null: none"
+        3.0, gt=0, description="largest gradient norm, for each part of the student on its own; null: no clipping"
     )
     log_every: int = Field(10, ge=1, description="steps between two readings of the device and two lines")
     gc_every: int = Field(150, ge=1, description="steps between two garbage collections, the same on all ranks")
@@ -295,7 +295,7 @@ def train(
                 terms = method.loss(batch, step - 1)
             losses = torch.stack([term.float() for term in terms.values()])
             losses.sum().backward()  # type: ignore[no-untyped-call]
-            norms = clip_gradients(method.student, settings.clip or 0.0)
+            norms = clip_gradients(method.student, settings.clip)
             values = torch.cat([losses.detach(), torch.stack(list(norms.values()))])
             guard.judge(values)
             guard.step(optimizer)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launch.settings import Settings
-from pretrain.schedule import Schedule, Schedules, scale_lr
+from pretrain.schedule import Length, NotNegative, Schedule, Schedules, scale_lr, whole
 
 __all__ = ["Multipliers", "OptimSettings", "build_optimizer", "clip_gradients", "multipliers", "param_groups"]
 
@@ -22,13 +22,13 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimSettings(Settings):
     """AdamW and what it is told at each step."""
 
-    lr: Schedule = Field(
+    lr: NotNegative = Field(
         Schedule(peak=1e-3, end=1e-6, warmup=0.1), description="learning rate, before the rule for the batch size"
     )
     lr_rule: Literal["sqrt_wrt_1024", "none"] = Field(
         "sqrt_wrt_1024", description="DINOv3 multiplies by 4 sqrt(images a step / 1024); none: the rate is what it says"
     )
-    weight_decay: Schedule = Field(Schedule(peak=0.04), description="decoupled weight decay of matrices and tokens")
+    weight_decay: NotNegative = Field(Schedule(peak=0.04), description="decoupled weight decay of matrices and tokens")
     exclude_tokens: bool = Field(
         False, description="no weight decay on class, register and mask tokens (DINOv3 has it)"
     )
@@ -38,8 +38,8 @@ class OptimSettings(Settings):
         0.9, gt=0, le=1, description="factor of the learning rate from each block to the one before"
     )
     patch_embed_lr: float = Field(0.2, gt=0, description="further factor for the patch embedding")
-    freeze_last_layer: float = Field(
-        0, ge=0, description="first steps, or share of the run, in which the heads' prototypes stand still"
+    freeze_last_layer: Length = Field(
+        0, description="first steps, or share of the run, in which the heads' prototypes stand still"
     )
 
     def schedules(self, steps: int, batch: int) -> Schedules:
@@ -47,9 +47,8 @@ class OptimSettings(Settings):
         lr, factor = self.lr.over(steps), scale_lr(1.0, batch, self.lr_rule)
         scaled = {"peak": lr.peak * factor, "start": lr.start * factor}
         if lr.end is not None:
-            scaled["end"] = lr.end * (factor if lr.form == "v2" else 1.0)  # v1 scales the peak alone
-        freeze = self.freeze_last_layer
-        frozen = round(freeze * steps) if freeze < 1 else int(freeze)
+            scaled["end"] = lr.end * (factor if lr.form == "v2" else 1.0)  # v1 leaves the end as it is
+        frozen = whole(self.freeze_last_layer, steps)
         return Schedules(lr.model_copy(update=scaled), self.weight_decay.over(steps), frozen)
 
 
@@ -97,14 +96,8 @@ def param_groups(student: nn.Module, settings: OptimSettings) -> list[dict[str, 
         for name, factors in multipliers(module, settings).items():
             groups.setdefault((part, factors), []).append(parameters[name])
     return [
-        {
-            "params": parameters,
-            "lr_multiplier": m.lr,
-            "wd_multiplier": m.wd,
-            "is_last_layer": m.is_last_layer,
-            "part": part,
-        }
-        for (part, m), parameters in groups.items()
+        {"params": parameters, "lr_multiplier": m.lr, "wd_multiplier": m.wd, "is_last_layer": m.is_last_layer}
+        for (_, m), parameters in groups.items()
     ]
 
 
@@ -116,17 +109,17 @@ def build_optimizer(student: nn.Module, settings: OptimSettings) -> torch.optim.
 
 
 @torch.no_grad()
-def clip_gradients(student: nn.Module, largest: float) -> dict[str, Tensor]:
-    """Scales the gradients of each part to a norm of at most ``largest`` (0: any); its norm before, on the device, by
-    name.
+def clip_gradients(student: nn.Module, largest: float | None) -> dict[str, Tensor]:
+    """Scales the gradients of each part to a norm of at most ``largest``; its norm before, on the device, by name.
 
-    Never waits for the device. A norm that is not finite makes that part's gradients so too: look before stepping.
+    With None it only measures. Never waits for the device. A norm that is not finite makes that part's gradients so
+    too: look before stepping.
     """
     norms = {}
     for part, module in student.named_children():
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norms[part] = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if largest and parameters:
+        if largest is not None and parameters:
             torch.nn.utils.clip_grads_with_norm_(parameters, largest, norms[part])
     return norms

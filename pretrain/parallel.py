@@ -23,7 +23,16 @@ from torch.utils.checkpoint import checkpoint
 from launch.distributed import World
 from launch.settings import Settings
 
-__all__ = ["ParallelSettings", "compile_blocks", "fill", "initialised", "place", "recompute_blocks", "shard"]
+__all__ = [
+    "ParallelSettings",
+    "compile_blocks",
+    "fill",
+    "initialised",
+    "make_mesh",
+    "place",
+    "recompute_blocks",
+    "shard",
+]
 
 
 class ParallelSettings(Settings):
@@ -56,15 +65,32 @@ def compile_blocks(part: nn.Module) -> None:
         block.compile()
 
 
-def shard(parts: nn.ModuleDict, world: World, settings: ParallelSettings, frozen: bool = False) -> None:
+def make_mesh(world: World, settings: ParallelSettings) -> DeviceMesh | None:
+    """The ranks as FSDP2 takes them; it opens process groups, so make one for all networks of a run. One rank: None."""
+    if world.size == 1:
+        return None
+    if settings.sharding == "full":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (world.size, 1), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    parts: nn.ModuleDict,
+    world: World,
+    settings: ParallelSettings,
+    frozen: bool = False,
+    mesh: DeviceMesh | None = None,
+) -> None:
     """Shard each part (backbone, heads) over all ranks, each of its blocks by itself; does nothing with one rank.
 
     The parts are called one by one, so each is a root; the dict around them is not. A frozen network sees no backward
-    pass after which its shards would be put back, so they are after each forward pass.
+    pass after which its shards would be put back, so they are after each forward pass. Several networks share one
+    `mesh`; a network alone may leave it out.
     """
-    if world.size == 1:
+    if mesh is None:
+        mesh = make_mesh(world, settings)
+    if mesh is None:
         return
-    mesh = _mesh(world, settings.sharding)
     reshard = frozen or settings.sharding == "full"
     for part in parts.values():
         for block in _blocks(part):
@@ -72,23 +98,12 @@ def shard(parts: nn.ModuleDict, world: World, settings: ParallelSettings, frozen
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
 
 
-@functools.cache
-def _mesh(world: World, sharding: str) -> DeviceMesh:
-    if sharding == "full":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (world.size, 1), mesh_dim_names=("replicate", "shard"))
-
-
 def initialised(part: nn.Module, seed: int) -> dict[str, Tensor]:
     """Give the state of `part` (built on the meta device) freshly initialised from `seed`, on the CPU.
 
     Every number is NaN until `init_weights` writes it, so a forgotten parameter is found here.
     """
-    part = part.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in [*part.parameters(), *part.buffers()]:
-            if tensor.is_floating_point():
-                tensor.fill_(float("nan"))
+    place(part, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         part.init_weights()  # type: ignore[operator]

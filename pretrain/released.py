@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from pretrain.checkpoint import Progress, complete, newest, read_tensors
 from pretrain.data.window import HuWindow
-from pretrain.models.rope import RopeSettings
+from pretrain.models.layers import k_mask
+from pretrain.models.rope import Rope, RopeSettings
 from pretrain.models.vit import SIZES, VisionTransformer, VitSettings, build
 
 __all__ = ["Released", "ReleasedError", "fit", "load_backbone", "read"]
@@ -27,12 +29,12 @@ __all__ = ["Released", "ReleasedError", "fit", "load_backbone", "read"]
 _WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 # A key of another family -> what the file is. The first that occurs decides.
 _FOREIGN = {
-    "network_weights": "an nnU-Net checkpoint",
     "pos_embed": "a model with learned positions (DINOv2, MAE, MoCo v3, iBOT or timm)",
     "embeddings.cls_token": "a Hugging Face model; its keys are others",
     "encoder.conv1.weight": "a convolutional network",
     "conv1.weight": "a convolutional network",
 }
+_LANDMARKS = {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "rope_embed.periods"}
 
 
 class ReleasedError(ValueError):
@@ -56,7 +58,7 @@ class Released:
 def read(path: Path, step: int | None = None, which: str = "teacher") -> Released:
     """Read a run folder (its newest checkpoint or that of `step`), a checkpoint folder, a .safetensors or a .pth.
 
-    `which` (teacher or student) matters for runs and checkpoints; a run without a teacher gives its student.
+    `which` (teacher or student) matters for runs and checkpoints.
     """
     if not path.exists():
         raise ReleasedError(f"{path} does not exist; give a run folder, a checkpoint, an export or a published file")
@@ -84,15 +86,15 @@ def _read_checkpoint(path: Path, step: int | None, which: str) -> Released:
     if folder is None:
         raise ReleasedError(f"{path}/checkpoints holds no complete checkpoint; let the run reach its first one")
     about = Progress.read(folder)
-    if "model" not in about.about:
-        raise ReleasedError(f"{folder} is of a run without a backbone to hand on (no model settings in progress.json)")
     tensors = read_tensors(folder, f"method.{which}.")
-    if not tensors and which == "teacher":
-        tensors = read_tensors(folder, "method.student.")
+    if not tensors:
+        raise ReleasedError(f"{folder} holds no {which}; a run of `axial pretrain` is needed")
     return _ours(folder, f"checkpoint of step {about.step}", {**about.about, "step": about.step}, tensors)
 
 
 def _ours(path: Path, form: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Released:
+    if missing := sorted({"model", "window"} - header.keys()):
+        raise ReleasedError(f"{path} ({form}) does not state its {' and '.join(missing)}: it is no backbone to hand on")
     settings, window = VitSettings.model_validate(header["model"]), HuWindow.model_validate(header["window"])
     backbone, heads = _parts(tensors)
     return Released(path, form, settings, window, backbone, heads, header)
@@ -126,6 +128,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ReleasedError(
                 f"{path} is not a whole safetensors file ({error}); fetch or export it again"
             ) from error
+    if not (zipfile.is_zipfile(path) or start.startswith(b"\x80")):  # the two forms of torch.save
+        raise ReleasedError(f"{path} is no file of weights, or not whole; fetch it again")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -142,10 +146,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             break
     if not isinstance(found, dict):
         raise ReleasedError(f"{path} holds a {type(found).__name__}, not named tensors")
-    foreign = {name: value for name, value in found.items() if not isinstance(value, Tensor)}
-    for key, what in _FOREIGN.items():
-        if key in foreign:
-            raise ReleasedError(f"{path} is {what}, not a backbone with rotary positions (DINOv3, MedDINOv3, axial)")
+    if "network_weights" in found:
+        raise ReleasedError(f"{path} is an nnU-Net checkpoint, not a backbone (DINOv3, MedDINOv3, axial)")
     return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}, {}
 
 
@@ -159,10 +161,8 @@ def _published(path: Path, tensors: Mapping[str, Tensor]) -> Released:
     for key, what in _FOREIGN.items():
         if key in backbone:
             raise ReleasedError(f"{path} is {what} (it has {key!r}); a DINOv3, MedDINOv3 or axial backbone is needed")
-    if (
-        not {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "rope_embed.periods"}
-        <= backbone.keys()
-    ):
+    gated_or_not = {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.w1.weight"}
+    if _LANDMARKS - backbone.keys() or not gated_or_not & backbone.keys():
         raise ReleasedError(
             f"{path} holds no DINOv3 backbone; its first keys are {', '.join(list(tensors)[:4]) or '(none)'}"
         )
@@ -212,7 +212,7 @@ def _settings(state: Mapping[str, Tensor], hub: bool) -> tuple[VitSettings, list
             "rope": RopeSettings(base=base),
         }
     )
-    return settings, [f"the file states no epsilon of its norms: taking {eps:g}"]
+    return settings, [f"the file states no epsilon of its norms: {eps:g} is assumed"]
 
 
 def _repaired(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -225,8 +225,7 @@ def _repaired(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     odd = 0
     for name in masks:
         mask, bias = out.pop(name), name.removesuffix("_mask")
-        architecture = torch.ones_like(mask)
-        architecture.chunk(3)[1].zero_()
+        architecture = k_mask(len(mask) // 3)
         odd += not torch.equal(mask, architecture)
         out[bias] = out[bias] * mask.nan_to_num(0) * architecture
         out[name] = architecture
@@ -245,11 +244,16 @@ def fit(released: Released, settings: VitSettings, say: Callable[[str], None] = 
     """Return the state of a model of `settings` that computes what the file's model does, else raise ReleasedError.
 
     Allowed are changes that leave the function as it is: stem channels (for grey images), absent or zero biases of q, k
-    and v, their masks, an untied norm that starts as the tied one.
+    and v, their masks, an untied norm that starts as the tied one. Another epsilon of the norms is warned of.
     """
     with torch.device("meta"):
         wanted = build(settings).state_dict()
     have, notes = dict(released.backbone), list(released.notes)
+    if settings.norm_eps != released.settings.norm_eps:
+        notes.append(
+            f"warning: model.norm_eps is {settings.norm_eps:g}, that of the file {released.settings.norm_eps:g}: "
+            "not quite the same function"
+        )
     stem = have["patch_embed.proj.weight"]
     if stem.shape[1] == 3 and settings.in_channels == 1:
         have["patch_embed.proj.weight"] = stem.sum(1, keepdim=True)
@@ -302,18 +306,12 @@ def _made(name: str, like: Tensor, have: Mapping[str, Tensor], settings: VitSett
     if name.endswith("attn.qkv.bias"):
         return torch.zeros(like.shape)
     if name.endswith("attn.qkv.bias_mask"):
-        mask = torch.ones(like.shape)
-        mask.chunk(3)[1].zero_()
-        return mask
+        return k_mask(len(like) // 3)
     if name == "rope_embed.periods":
-        with torch.device("cpu"):
-            fresh = VisionTransformer(
-                settings.model_copy(
-                    update={"size": "custom", "depth": 1, "width": settings.shape[0], "heads": settings.shape[2]}
-                )
-            )
-        fresh.rope_embed.init_weights()
-        return fresh.rope_embed.periods
+        width, _, heads = settings.shape
+        rope = Rope(width // heads, settings.rope)
+        rope.init_weights()
+        return rope.periods
     if name.startswith(("local_cls_norm.", "cls_norm.")):
         return have["norm." + name.split(".")[1]].clone()
     return None

@@ -10,23 +10,30 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 from pydantic.functional_validators import AfterValidator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from launch.settings import Settings
 
-__all__ = ["Schedule", "Schedules", "resolved", "scale_lr"]
+__all__ = ["Length", "Momentum", "NotNegative", "Positive", "Schedule", "Schedules", "resolved", "scale_lr", "whole"]
 
 S = TypeVar("S", bound=Settings)
 
 
 def _steps_or_share(value: float) -> float:
     if value >= 1 and value != int(value):
-        raise ValueError(f"give whole steps, or a share of the run between 0 and 1; got {value}")
+        raise ValueError("give whole steps, or a share of the run between 0 and 1")
     return value
 
 
 Length = Annotated[float, Field(ge=0), AfterValidator(_steps_or_share)]
+"""Steps, or below 1 a share of the run."""
+
+
+def whole(length: float, steps: int) -> int:
+    """The steps of ``length`` in a run of ``steps``."""
+    return round(length * steps) if length < 1 else int(length)
 
 
 class Schedule(Settings):
@@ -68,12 +75,8 @@ class Schedule(Settings):
 
     def over(self, steps: int) -> Schedule:
         """The same schedule with every length in whole steps, for a run of ``steps``."""
-
-        def whole(length: float) -> int:
-            return round(length * steps) if length < 1 else int(length)
-
-        freeze, warmup = whole(self.freeze), whole(self.warmup)
-        cosine = max(steps - freeze - warmup, 0) if self.cosine is None else whole(self.cosine)
+        freeze, warmup = whole(self.freeze, steps), whole(self.warmup, steps)
+        cosine = max(steps - freeze - warmup, 0) if self.cosine is None else whole(self.cosine, steps)
         return self.model_copy(update={"freeze": freeze, "warmup": warmup, "cosine": cosine})
 
     def __call__(self, step: int) -> float:
@@ -102,6 +105,45 @@ class Schedule(Settings):
         if length is None or 0 < length < 1:
             raise ValueError("this schedule depends on the length of the run; resolve it with over(steps)")
         return int(length)
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Refuses a schedule that takes a value outside of the bounds, at the key that the value comes from."""
+
+    rule: str
+    low: float
+    high: float = math.inf
+    open: bool = False  # the lower bound itself is outside
+
+    def __call__(self, schedule: Schedule) -> Schedule:
+        taken = {"peak": schedule.peak}
+        if schedule.warmup:
+            taken["start"] = schedule.start
+        if schedule.end is not None:
+            taken["end"] = schedule.end
+        wrong = [
+            self._error(name, value, f"must be {self.rule}") for name, value in taken.items() if not self._holds(value)
+        ]
+        if schedule.freeze and not self._holds(0.0):
+            wrong.append(
+                self._error("freeze", schedule.freeze, f"keeps the value at 0 at first, but it must be {self.rule}")
+            )
+        if wrong:
+            raise ValidationError.from_exception_data("Schedule", wrong)
+        return schedule
+
+    def _holds(self, value: float) -> bool:
+        return (self.low < value if self.open else self.low <= value) and value <= self.high
+
+    @staticmethod
+    def _error(name: str, value: float, text: str) -> InitErrorDetails:
+        return {"type": PydanticCustomError("schedule", "{text}", {"text": text}), "loc": (name,), "input": value}
+
+
+Positive = Annotated[Schedule, AfterValidator(_Within("greater than 0", 0.0, open=True))]
+NotNegative = Annotated[Schedule, AfterValidator(_Within("0 or greater", 0.0))]
+Momentum = Annotated[Schedule, AfterValidator(_Within("between 0 and 1", 0.0, 1.0))]
 
 
 def resolved(settings: S, steps: int) -> S:

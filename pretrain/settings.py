@@ -54,8 +54,8 @@ class Settings(launch.settings.Settings):
     parallel: ParallelSettings = Field(ParallelSettings(), description="sharding, compilation, recomputation")
     checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="when checkpoints are written and kept")
     log: LogSettings = Field(LogSettings(), description="lines, metrics.jsonl, TensorBoard")
-    clip: float = Field(
-        3.0, ge=0, description="largest gradient norm, of backbone and each head on its own; 0: no clipping"
+    clip: float | None = Field(
+        3.0, gt=0, description="largest gradient norm, of backbone and each head on its own; null: no clipping"
     )
     gc_every: int = Field(
         150, ge=1, description="steps between two garbage collections, at the same steps on all ranks"

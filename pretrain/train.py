@@ -27,10 +27,10 @@ from pretrain.data.stream import batches, check
 from pretrain.loop import Guard, train
 from pretrain.methods import Trainable
 from pretrain.optim import build_optimizer
-from pretrain.parallel import compile_blocks, fill, place, recompute_blocks, shard
+from pretrain.parallel import compile_blocks, fill, make_mesh, place, recompute_blocks, shard
 from pretrain.settings import Settings
 
-__all__ = ["dry_run", "flops_per_step", "main", "summary"]
+__all__ = ["build_method", "dry_run", "flops_per_step", "main", "place_method", "summary"]
 
 # Dense bfloat16 FLOP/s by a word of the device's name, from the makers' data sheets. Without an entry no MFU is shown.
 _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
@@ -45,9 +45,9 @@ def main(settings: Settings) -> Outcome:
         check(settings.data, here.size, settings.model.patch_size)
         torch.set_float32_matmul_precision("high" if settings.precision == "bf16" else "highest")
         guard = Guard(here.device)
-        method = _method(settings, guard)
+        method = build_method(settings, guard)
         say(summary(settings, method, flops))
-        _place(method, settings, here)
+        place_method(method, settings, here)
         optimizer = build_optimizer(method.student, settings.optim)
         checkpoints = Checkpoints(
             settings.folder,
@@ -95,14 +95,15 @@ def main(settings: Settings) -> Outcome:
 
 def dry_run(settings: Settings) -> str:
     """Say what a run would be, without making it: parameters, FLOPs, the learning rate as it is applied."""
-    return summary(settings, _method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))
+    return summary(settings, build_method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))
 
 
 def _silent(text: str) -> None:
     """Say nothing: every rank but the first."""
 
 
-def _method(settings: Settings, guard: Guard, device: str = "meta") -> Trainable:
+def build_method(settings: Settings, guard: Guard, device: str = "meta") -> Trainable:
+    """The method of the settings with its networks on `device`; on the meta device they hold no numbers yet."""
     family = plugins("pretrain.methods")
     kind: str = settings.method.kind  # type: ignore[attr-defined]  # every plug-in's settings have one
     with torch.device(device):
@@ -110,8 +111,9 @@ def _method(settings: Settings, guard: Guard, device: str = "meta") -> Trainable
     return built
 
 
-def _place(method: Trainable, settings: Settings, here: World) -> None:
-    """Wrap, shard and move every network; only the student keeps activations, so only it is recomputed."""
+def place_method(method: Trainable, settings: Settings, here: World) -> None:
+    """Wrap, shard and move every network, all NaN until filled; only the student keeps activations to recompute."""
+    mesh = make_mesh(here, settings.parallel)
     for network in method.networks.values():
         trained = network is method.student
         for part in network.values():
@@ -119,7 +121,7 @@ def _place(method: Trainable, settings: Settings, here: World) -> None:
                 recompute_blocks(part)
             if settings.parallel.compile:
                 compile_blocks(part)
-        shard(network, here, settings.parallel, frozen=not trained)
+        shard(network, here, settings.parallel, frozen=not trained, mesh=mesh)
         place(network, here.device)
     method.placed()
 
@@ -181,8 +183,7 @@ def flops_per_step(settings: Settings) -> float:
     total = 0.0
     for shape in settings.data.crops.shapes:
         first, second = (_flops(settings, shape, (width, blocks, heads), few) for blocks in (1, 2))
-        share = shape.probability if settings.data.crops.mix else 1.0
-        total += share * (first + (depth - 1) * (second - first))
+        total += shape.probability * (first + (depth - 1) * (second - first))
     return total * batch / few
 
 
@@ -194,7 +195,7 @@ def _flops(settings: Settings, shape: CropShape, size: tuple[int, int, int], ima
     batch = settings.data.batch_size
     masked = round(sum(target_counts(settings.data.masks, (side, side), batch)) * images / batch)
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        method = _method(resized, Guard(torch.device("cpu")), "cpu")
+        method = build_method(resized, Guard(torch.device("cpu")), "cpu")
         terms = method.loss(_shapes_only(settings, shape, images, masked), 0)
         torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
         return int(counter.get_total_flops())

@@ -71,7 +71,10 @@ class DataSettings(Settings):
         4, ge=0, description="reading processes of a rank, at most one a CPU; 0: read in the training process"
     )
     prefetch: int = Field(
-        2, gt=0, description="batches that each worker holds ready in shared memory, 0.5 to 1 MB a slice"
+        2,
+        gt=0,
+        description="batches that each worker holds ready in shared memory; 0.5 to 1 MB a slice where crops are made "
+        "on the device, else the size of its crops",
     )
     start_method: Literal["fork", "spawn", "forkserver"] | None = Field(
         None, description="how workers are started; null: the platform's default"
@@ -260,6 +263,7 @@ class Batches(Iterator[Batch]):
         self._loaded: Iterator[Any] = iter(loader)
         self._side = torch.cuda.Stream(world.device) if cuda else None  # type: ignore[no-untyped-call]
         self._ahead: Batch | None = None
+        atexit.register(self.close)  # else Python's exit sends each worker the one SIGTERM that it overlooks, and waits
 
     def __next__(self) -> Batch:
         if self._side is None:
@@ -274,7 +278,10 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Ends the workers; the iterator is of no use afterwards."""
+        atexit.unregister(self.close)
         self._ahead = None
+        # torch does so once its iterator is dropped, but the traceback of a worker's error holds that.
+        getattr(self._loaded, "_shutdown_workers", tuple)()
         self._loaded = iter(())
 
     def _make_aside(self, side: torch.cuda.Stream) -> Batch:
@@ -286,8 +293,8 @@ class Batches(Iterator[Batch]):
         try:
             loaded = next(self._loaded)
         except RuntimeError as error:  # torch's word for a worker that is gone
-            if "DataLoader worker" not in str(error):
-                raise
+            if "DataLoader worker (pid" not in str(error):
+                raise  # raised by a worker, which lives
             raise StreamError(
                 f"a reading process died ({str(error).splitlines()[0]}): most likely memory or /dev/shm ran out; "
                 f"lower data.workers={self._settings.workers} or data.prefetch={self._settings.prefetch}"

@@ -47,7 +47,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
         for own, theirs in _pieces(len(logits), len(targets), logits.shape[1]):
             s, t = logits[own].to(exact) * scale, targets[theirs].to(exact)
             lse[own] = s.logsumexp(1)
-            losses[own] = lse[own] * t.sum(1) - torch.linalg.vecdot(s, t)
+            with torch.autocast(logits.device.type, enabled=False):  # it would take the products in bf16
+                losses[own] = lse[own] * t.sum(1) - torch.linalg.vecdot(s, t)
         ctx.save_for_backward(logits, targets, lse)
         ctx.scale = scale
         return losses

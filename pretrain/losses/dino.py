@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -14,10 +14,7 @@ from pretrain.losses import Given
 from pretrain.losses._cross_entropy import soft_cross_entropy
 from pretrain.losses._sinkhorn import sinkhorn
 from pretrain.models.heads import HeadSettings
-from pretrain.schedule import Schedule, resolved
-
-if TYPE_CHECKING:
-    pass
+from pretrain.schedule import Positive, Schedule, resolved
 
 __all__ = ["Dino", "Settings", "build", "dino_loss"]
 
@@ -28,7 +25,7 @@ class Settings(launch.settings.Settings):
     kind: Literal["dino"] = "dino"
     weight: Schedule = Field(Schedule(peak=1.0), description="weight of the loss")
     local_weight: Schedule = Field(Schedule(peak=1.0), description="further factor of the part from local crops")
-    teacher_temperature: Schedule = Field(
+    teacher_temperature: Positive = Field(
         Schedule(peak=0.07), description="below the student's: it sharpens the targets"
     )
     student_temperature: float = Field(0.1, gt=0, description="divides the student's logits")

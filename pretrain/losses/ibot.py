@@ -14,7 +14,7 @@ from pretrain.losses import Given, Views
 from pretrain.losses._cross_entropy import soft_cross_entropy
 from pretrain.losses._sinkhorn import sinkhorn
 from pretrain.models.heads import HeadSettings
-from pretrain.schedule import Schedule, resolved
+from pretrain.schedule import Positive, Schedule, resolved
 
 if TYPE_CHECKING:
     from pretrain.data.batch import Batch
@@ -27,7 +27,7 @@ class Settings(launch.settings.Settings):
 
     kind: Literal["ibot"] = "ibot"
     weight: Schedule = Field(Schedule(peak=1.0), description="weight of the loss")
-    teacher_temperature: Schedule = Field(
+    teacher_temperature: Positive = Field(
         Schedule(peak=0.07), description="below the student's: it sharpens the targets"
     )
     student_temperature: float = Field(0.1, gt=0, description="divides the student's logits")

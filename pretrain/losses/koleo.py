@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,7 @@ import launch.settings
 from pretrain.losses import Given
 from pretrain.schedule import Schedule, resolved
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Koleo", "Settings", "build", "gather_group", "koleo_loss", "ranks_of_group"]
+__all__ = ["Koleo", "Settings", "build", "gather_group", "koleo_loss", "ranks_of_group", "set_size"]
 
 _EPS = 1e-8
 
@@ -32,7 +29,8 @@ class Settings(launch.settings.Settings):
     group: int | None = Field(
         None,
         ge=2,
-        description="images among which neighbours are sought, from adjacent ranks where one has fewer; null: one rank",
+        description="images among which neighbours are sought: a rank with more is split into the smallest equal sets "
+        "of at least so many, one with fewer joins adjacent ranks; null: all of one rank",
     )
 
 
@@ -40,7 +38,8 @@ def koleo_loss(x: Tensor, among: Tensor | None = None, first: int = 0, neighbour
     """-mean log distance from each row of ``x`` [B, D] to its nearest among ``among`` [G, D] (``x`` itself if not
     given).
 
-    Row i of ``x`` is row ``first + i`` of ``among``. In float32 whatever comes in. Zero, with zero gradient, if there
+    Row i of ``x`` is row ``first + i`` of ``among``. In float32 whatever comes in; under bf16 a GPU seeks the
+    neighbours by TF32 products, their distances are exact. Zero, with zero gradient, if there
     is nobody to be a neighbour; fewer neighbours than asked for are taken where the group is small.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -56,6 +55,11 @@ def koleo_loss(x: Tensor, among: Tensor | None = None, first: int = 0, neighbour
             nearest = likeness.topk(neighbours, dim=1).indices.flatten()
         distances = F.pairwise_distance(x.repeat_interleave(neighbours, 0), others[nearest], eps=_EPS)
         return -(distances + _EPS).log().mean()
+
+
+def set_size(group: int, images: int) -> int:
+    """Images in each of the smallest equal sets of at least ``group`` into which a rank's ``images`` can be split."""
+    return next((size for size in range(group, images) if images % size == 0), images)
 
 
 def ranks_of_group(group: int, images: int, world: int) -> int:
@@ -108,11 +112,13 @@ class Koleo:
         return torch.stack([self._one(crop) for crop in crops]).sum()
 
     def _one(self, x: Tensor) -> Tensor:
-        ranks = 1
-        if self.settings.group is not None and dist.is_available() and dist.is_initialized():
-            ranks = ranks_of_group(self.settings.group, len(x), dist.get_world_size())
-        among, first = gather_group(x, ranks)
-        return koleo_loss(x, among, first, self.settings.neighbours)
+        group, neighbours = self.settings.group or len(x), self.settings.neighbours
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        ranks = ranks_of_group(group, len(x), world)
+        if ranks > 1:
+            return koleo_loss(x, *gather_group(x, ranks), neighbours)
+        sets = torch.split(x, set_size(group, len(x)))
+        return torch.stack([koleo_loss(part, neighbours=neighbours) for part in sets]).mean()
 
 
 def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Koleo:

@@ -23,7 +23,7 @@ from pretrain.models.vit import VitSettings
 from pretrain.models.vit import build as build_vit
 from pretrain.parallel import initialised
 from pretrain.released import Released, ReleasedError, fit, read
-from pretrain.schedule import Schedule
+from pretrain.schedule import Momentum, Schedule
 
 __all__ = ["GramTeacher", "SelfDistillation", "Settings", "build"]
 
@@ -39,14 +39,14 @@ class GramTeacher(launch.settings.Settings):
     path: Path = Field(description="run folder, checkpoint, export or published file of an earlier run")
     step: int | None = Field(None, ge=0, description="step of that run's checkpoint; null: its newest")
     update_every: int = Field(0, ge=0, description="steps between two renewals, a copy of the EMA teacher; 0: none")
-    max_updates: int = Field(0, ge=0, description="renewals at most")
+    max_updates: int | None = Field(None, ge=1, description="renewals at most; null: no limit")
 
 
 class Settings(launch.settings.Settings):
     """Self-distillation with any set of terms."""
 
     kind: Literal["self_distillation"] = "self_distillation"
-    momentum: Schedule = Field(Schedule(peak=0.994), description="share of the EMA teacher that stays at each step")
+    momentum: Momentum = Field(Schedule(peak=0.994), description="share of the EMA teacher that stays at each step")
     terms: dict[str, Loss | None] = Field(
         default=cast(Any, {}),
         description="loss terms by name, which is the kind unless one is given; dino, ibot and koleo are there without "
@@ -138,10 +138,13 @@ class SelfDistillation:
         fresh = {name: initialised(part, seed + number) for number, (name, part) in enumerate(student.items())}
         states: dict[str, Mapping[str, Mapping[str, Tensor]]] = {"student": fresh, "teacher": fresh}
         if source is not None:
-            for which in states:
-                found = read(source.path, source.step, which)
-                say(f"{which}:")
-                states[which] = {"backbone": fit(found, self._model, say), **_heads(found, fresh, source, say)}
+            # A run has both; a file is one network, read once for both.
+            both = (("student",), ("teacher",)) if source.path.is_dir() else (("student", "teacher"),)
+            for names in both:
+                found = read(source.path, source.step, names[0])
+                say(f"{' and '.join(names)}:")
+                taken = {"backbone": fit(found, self._model, say), **_heads(found, fresh, source, say)}
+                states |= dict.fromkeys(names, taken)
         if self.gram_teacher is not None:
             gram = self._settings.gram_teacher
             assert gram is not None, "a gram term without a Gram teacher"
@@ -186,8 +189,8 @@ class SelfDistillation:
         gram = self._settings.gram_teacher
         if self.gram_teacher is None or gram is None or not gram.update_every:
             return
-        done = step + 1
-        if done % gram.update_every == 0 and done // gram.update_every <= gram.max_updates:
+        count, early = divmod(step + 1, gram.update_every)
+        if not early and (gram.max_updates is None or count <= gram.max_updates):
             for old, new in zip(self.gram_teacher.parameters(), self.teacher["backbone"].parameters(), strict=True):
                 old.copy_(new)
 
@@ -205,7 +208,9 @@ def _heads(
 ) -> dict[str, Mapping[str, Tensor]]:
     """Heads of the source where it has them and they are wanted, else fresh ones."""
     heads: dict[str, Mapping[str, Tensor]] = {}
-    for name in fresh.keys() - {"backbone"}:
+    for name in fresh:
+        if name == "backbone":
+            continue
         theirs = found.heads.get(name)
         if not source.heads or theirs is None:
             say(f"  {name}: starts fresh ({'init_from.heads is off' if theirs is not None else 'not in the file'})")

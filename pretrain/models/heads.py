@@ -54,12 +54,12 @@ class DinoHead(nn.Module):
         """Features [..., in_dim] to logits [..., prototypes]; ``no_last`` stops at the bottleneck, ``only_last`` starts
         there.
 
-        Without gradients (a teacher) the logits are computed in float32 also under bf16: they are divided by a
-        temperature near 0.05 and exponentiated, which would make bf16's rounding a factor.
+        Without gradients (a teacher) the logits are computed in float32 also under bf16 (on a GPU with TF32 products,
+        as `axial pretrain` sets it): they are divided by a temperature near 0.05 and exponentiated, which would make
+        bf16's rounding a factor.
         """
         if not only_last:
-            x = self.mlp(x)
-            x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+            x = F.normalize(self.mlp(x), dim=-1)
         if no_last:
             return x
         if torch.is_grad_enabled() or x.dtype == torch.float64:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pretrain.models.attention import Group, offsets, packed_attention
 from pretrain.models.rope import Table, rotate
 
-__all__ = ["Attention", "Block", "KMaskedLinear", "LayerScale", "Mlp", "Packing", "SwiGlu", "init_linear"]
+__all__ = ["Attention", "Block", "KMaskedLinear", "LayerScale", "Mlp", "Packing", "SwiGlu", "init_linear", "k_mask"]
 
 
 def init_linear(linear: nn.Linear, generator: torch.Generator | None = None) -> None:
@@ -19,6 +19,13 @@ def init_linear(linear: nn.Linear, generator: torch.Generator | None = None) -> 
     linear.weight.normal_(0, 0.02, generator=generator)
     if linear.bias is not None:
         linear.bias.zero_()
+
+
+def k_mask(dim: int) -> Tensor:
+    """What multiplies the bias [3 * dim] of q, k and v so that k has none: ones, zeros, ones."""
+    mask = torch.ones(3 * dim)
+    mask[dim : 2 * dim] = 0
+    return mask
 
 
 class Packing:
@@ -49,10 +56,7 @@ class KMaskedLinear(nn.Linear):
 
     def init_mask(self) -> None:
         """Fills the mask; it is part of the architecture, not of what was learnt."""
-        query, key, value = self.bias_mask.chunk(3)
-        query.fill_(1)
-        key.fill_(0)
-        value.fill_(1)
+        self.bias_mask.copy_(k_mask(self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))

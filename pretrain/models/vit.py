@@ -83,12 +83,11 @@ class VitSettings(Settings):
 
 @dataclass(frozen=True)
 class Features:
-    """What the network made of B crops of one size; all but ``prenorm`` after the final norm."""
+    """What the network made of B crops of one size."""
 
     cls: Tensor  # [B, D]
     registers: Tensor  # [B, R, D]
     patches: Tensor  # [B, N, D], rows of the grid first
-    prenorm: Tensor  # [B, 1 + R + N, D]
 
 
 register_dataclass(Features)  # so that sharding finds the tensors in it
@@ -191,7 +190,7 @@ class VisionTransformer(nn.Module):
             x = block(x, self._packing(groups, grids))
             if index in wanted:
                 tokens = torch.unflatten(x, 0, groups[0])
-                outputs[index] = self._features(tokens, 0) if norm else _named(*self._parts(tokens), tokens)
+                outputs[index] = self._features(tokens, 0) if norm else _named(*self._parts(tokens))
         return [outputs[index] for index in wanted]
 
     def _forward(self, crops: list[Tensor], masks: list[Tensor | None]) -> list[Features]:
@@ -252,12 +251,12 @@ class VisionTransformer(nn.Module):
             norm = self.local_cls_norm
         elif self.cls_norm is not None:
             norm = self.cls_norm
-        return _named(norm(prefix), self.norm(patches), tokens)
+        return _named(norm(prefix), self.norm(patches))
 
 
-def _named(prefix: Tensor, patches: Tensor, tokens: Tensor) -> Features:
-    """Copies where the parts are views: sharding hangs its hooks on what a model returns, and warns of views."""
-    return Features(prefix[:, 0].clone(), prefix[:, 1:].clone(), patches, tokens.clone())
+def _named(prefix: Tensor, patches: Tensor) -> Features:
+    """Copies of class token and registers: sharding hangs its hooks on what a model returns, and warns of views."""
+    return Features(prefix[:, 0].clone(), prefix[:, 1:].clone(), patches)
 
 
 def _block(s: VitSettings) -> Block:

@@ -15,15 +15,16 @@ from statistics import median
 
 import torch
 
+from launch.distributed import World
 from launch.settings import load
 from pretrain.data.batch import Batch
 from pretrain.data.masks import draw_masks
 from pretrain.loop import Guard
-from pretrain.methods.self_distillation import SelfDistillation, build
+from pretrain.methods import Trainable
 from pretrain.optim import build_optimizer, clip_gradients
-from pretrain.parallel import compile_blocks, fill, place, recompute_blocks
+from pretrain.parallel import fill
 from pretrain.settings import Settings
-from pretrain.train import flops_per_step
+from pretrain.train import build_method, flops_per_step, place_method
 
 SMALL = (
     "folder=unused", "steps=100", "precision=fp32", "data.corpus=unused", "data.batch_size=4",
@@ -63,18 +64,10 @@ def make_batch(settings: Settings, device: torch.device) -> Batch:
     ).to(device)  # fmt: skip
 
 
-def make_method(settings: Settings, guard: Guard, device: torch.device) -> SelfDistillation:
-    """The networks of the settings on the device, as `axial pretrain` places them."""
-    with torch.device("meta"):
-        method = build(settings.method, model=settings.model, steps=settings.steps, guard=guard)  # type: ignore[arg-type]
-    for network in method.networks.values():
-        for part in network.values():
-            if settings.parallel.recompute and network is method.student:
-                recompute_blocks(part)
-            if settings.parallel.compile:
-                compile_blocks(part)
-            place(part, device)
-    method.placed()
+def make_method(settings: Settings, guard: Guard, device: torch.device) -> Trainable:
+    """The networks of the settings on the device, with fresh weights."""
+    method = build_method(settings, guard)
+    place_method(method, settings, World(0, 1, 0, device))
     for name, parts in method.initial(0, None, lambda text: None).items():
         for part, state in parts.items():
             fill(method.networks[name][part], state)

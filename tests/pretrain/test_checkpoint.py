@@ -109,6 +109,22 @@ def test_newest_are_kept_and_multiples_for_good(tmp_path: Path) -> None:
     assert not checkpoints.maybe_save(15, last=True), "saved a second time"
 
 
+def test_a_later_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) -> None:
+    two = Two()
+    for step in (2, 4):
+        keep(tmp_path, two, keep=2).save(step)
+    (tmp_path / "checkpoints" / "step_00000004" / "progress.json").unlink()
+    again = Two()
+    checkpoints = keep(tmp_path, again, every=1, keep=1)
+    assert checkpoints.restore() == 2
+    assert checkpoints.maybe_save(3)
+    assert newest(tmp_path, say=lambda text: None) == tmp_path / "checkpoints" / "step_00000003"
+    assert names(tmp_path) == ["step_00000003", "step_00000004"]
+    assert checkpoints.maybe_save(4)
+    assert names(tmp_path) == ["step_00000004"], "the damaged one is replaced in its turn"
+    assert not complete(tmp_path / "checkpoints" / "step_00000004")
+
+
 @pytest.mark.parametrize("damage", ["progress", "metadata", "torn metadata", "short", "missing"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(tmp_path: Path, damage: str) -> None:
     two, said = Two(), []

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from launch.distributed import World
+from launch.settings import SettingsError, load
 from pretrain.checkpoint import Checkpoints, CheckpointSettings
 from pretrain.data.window import HuWindow
 from pretrain.export import Settings, main
@@ -60,7 +61,8 @@ def run_folder(tmp_path: Path, networks: Networks, step: int = 7, settings: VitS
 def outputs(model: VisionTransformer, channels: int | None = None) -> Tensor:
     grey = torch.randn(2, 1, 32, 48, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        return model(grey.repeat(1, channels or model.in_channels, 1, 1)).prenorm
+        features = model(grey.repeat(1, channels or model.in_channels, 1, 1))
+    return torch.cat([features.cls[:, None], features.registers, features.patches], dim=1)
 
 
 def test_an_export_is_read_back_as_the_same_model(tmp_path: Path) -> None:
@@ -221,11 +223,19 @@ def write(path: Path, content: Any) -> Path:
         (b"<!DOCTYPE html><html>", "web page"),
         (b"", "no file of weights"),
         (b"PK\x03\x04half a zip", "no file of weights"),
+        (b"weights: a table of numbers\n", "no file of weights, or not whole; fetch it again"),
         ({"network_weights": {"a": torch.ones(1)}, "trainer_name": "x"}, "nnU-Net"),
         ({"pos_embed": torch.ones(1), "cls_token": torch.ones(1, 1, 4)}, "learned positions"),
         ({"embeddings.cls_token": torch.ones(1, 1, 4)}, "Hugging Face"),
         ({"state_dict": {"conv1.weight": torch.ones(1)}}, "convolutional"),
         ({"weight": torch.ones(2)}, "no DINOv3 backbone; its first keys are weight"),
+        (
+            dict.fromkeys(
+                ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "rope_embed.periods"),
+                torch.ones(1, 3, 4, 4),
+            ),
+            "no DINOv3 backbone; its first keys are cls_token",
+        ),
         ([1, 2], "holds a list"),
         ({"teacher": HuWindow()}, "would run code"),
     ],
@@ -236,6 +246,41 @@ def test_wrong_files_are_named_with_a_remedy(tmp_path: Path, content: Any, says:
     with pytest.raises(ReleasedError, match=says) as error:
         load_backbone(path)
     assert str(path) in str(error.value)
+
+
+def test_what_lacks_the_network_or_its_settings_is_named(tmp_path: Path) -> None:
+    networks = Networks()
+    optimizer = torch.optim.AdamW(networks.student.parameters())
+    for name, about in (("bare", {}), ("windowless", {"model": VIT.model_dump(mode="json")})):
+        Checkpoints(tmp_path / name, networks, optimizer, HERE, CheckpointSettings(), about=about).save(1)
+    with pytest.raises(ReleasedError, match=r"step_00000001 .* does not state its model and window"):
+        read(tmp_path / "bare")
+    with pytest.raises(ReleasedError, match="does not state its window"):
+        read(tmp_path / "windowless")
+    save_file(hub(lively(VIT)), tmp_path / "old.safetensors", {"axial": json.dumps({"axial": "0.0"})})
+    with pytest.raises(ReleasedError, match=r"old\.safetensors .* does not state its model and window"):
+        load_backbone(tmp_path / "old.safetensors")
+    folder = run_folder(tmp_path / "run", networks)
+    with pytest.raises(ReleasedError, match=r"step_00000007 holds no gram_teacher"):
+        read(folder, which="gram_teacher")
+    networks.state = lambda: {"student": networks.student.state_dict()}  # type: ignore[method-assign]
+    with pytest.raises(ReleasedError, match=r"step_00000008 holds no teacher"):
+        read(run_folder(tmp_path / "run", networks, step=8))
+
+
+def test_another_epsilon_is_warned_of(tmp_path: Path) -> None:
+    torch.save(hub(lively(VIT)), tmp_path / "hub.pth")
+    released, said = read(tmp_path / "hub.pth"), list[str]()
+    fit(released, VIT, said.append)
+    assert any("states no epsilon of its norms: 1e-05 is assumed" in line for line in said)
+    assert not any("warning" in line for line in said)
+    fit(released, VIT.model_copy(update={"norm_eps": 1e-6}), said.append)
+    assert any("warning: model.norm_eps is 1e-06, that of the file 1e-05" in line for line in said)
+
+
+def test_an_export_must_have_the_ending_by_which_it_is_read(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"output: must end in \.safetensors.*got '.*x\.pth'"):
+        load(Settings, overrides=[f"folder={tmp_path}", f"output={tmp_path / 'x.pth'}"])
 
 
 def test_a_cut_safetensors_file_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,9 +22,11 @@ from launch.log import Log
 from pretrain.checkpoint import Checkpoints, CheckpointSettings
 from pretrain.loop import Ended, Guard, LoopError, LoopSettings, Stop, step_seed, train
 from pretrain.schedule import Schedule, Schedules
+from pretrain.settings import Settings as RunSettings
 from tests.gloo import run_ranks
 
 HERE = World(0, 1, 0, torch.device("cpu"))
+DATA = {"corpus": "corpus", "batch_size": 2}
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path
     text = (spoilt / "log.txt").read_text()
     assert "step 4, rank 0: fit, size, grad/line not finite" in text
     assert "slice4.0.2" in text
+
+
+def test_no_clipping_has_one_word(tmp_path: Path) -> None:
+    for model, needed in ((LoopSettings, {"steps": 1}), (RunSettings, {"steps": 1, "folder": tmp_path, "data": DATA})):
+        with pytest.raises(ValidationError, match="greater than 0"):
+            model(**needed, clip=0)
+        assert model(**needed, clip=None).clip is None
+    sizes = []
+    for clip in (None, 1e-6):
+        (folder := tmp_path / str(clip)).mkdir()
+        weight = run(folder, steps=1, fused=False, clip=clip).student["line"].weight
+        sizes.append(weight.grad.norm().item())
+    assert sizes[1] == pytest.approx(1e-6)
+    assert sizes[0] > 1e-3
 
 
 def test_an_optimizer_without_a_device_side_switch_skips_too(tmp_path: Path) -> None:

@@ -107,6 +107,13 @@ def test_cross_entropy_computes_half_precision_logits_in_float32() -> None:
     assert logits.grad.dtype == torch.bfloat16
 
 
+def test_cross_entropy_is_the_same_under_autocast() -> None:
+    logits, targets = _random(4, 1000) * 3, _random(4, 1000, seed=1).softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = soft_cross_entropy(logits, targets, 0.1)
+    torch.testing.assert_close(under, soft_cross_entropy(logits, targets, 0.1), rtol=1e-5, atol=0)
+
+
 def test_dino_is_official() -> None:
     targets = GOLDEN[RANK0 + "dino.teacher_probs"]
     _check(lambda x: dino.dino_loss(x, targets, 0.1), RANK0 + "dino_local.student_logits", RANK0 + "dino_local")
@@ -152,6 +159,14 @@ def test_koleo_is_exact_in_bf16_and_safe_where_nothing_is_near() -> None:
 )
 def test_koleo_groups_always_divide_the_ranks(group: int, images: int, size: int, ranks: int) -> None:
     assert koleo.ranks_of_group(group, images, size) == ranks
+
+
+@pytest.mark.parametrize(
+    ("group", "images", "size"),
+    [(16, 256, 16), (16, 40, 20), (16, 16, 16), (16, 8, 8), (3, 4, 4), (5, 7, 7), (2, 6, 2)],
+)
+def test_koleo_sets_of_a_rank_are_equal_and_the_smallest(group: int, images: int, size: int) -> None:
+    assert koleo.set_size(group, images) == size
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from launch.settings import Settings, dump, load
+from launch.settings import Settings, SettingsError, dump, load
+from pretrain.losses import dino, ibot
+from pretrain.methods import self_distillation
 from pretrain.optim import OptimSettings
-from pretrain.schedule import Schedule, Schedules, scale_lr
+from pretrain.schedule import Schedule, Schedules, scale_lr, whole
 
 GOLDEN = np.load(Path(__file__).resolve().parent.parent / "golden" / "schedules.npz")
 STEPS = 130
@@ -175,3 +177,37 @@ def test_short_runs_have_a_value_at_every_step() -> None:
 def test_wrong_schedules_are_refused(values: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Schedule.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "message"),
+    [
+        (dino.Settings, ["teacher_temperature={peak: 0.07, warmup: 10}"], "temperature.start: must be greater than 0"),
+        (ibot.Settings, ["teacher_temperature={peak: 0.07, end: 0}"], "temperature.end: must be greater than 0"),
+        (dino.Settings, ["teacher_temperature.freeze=0.1"], "temperature.freeze: keeps the value at 0 at first"),
+        (ibot.Settings, ["teacher_temperature=nan"], "temperature.peak: must be greater than 0, got nan"),
+        (OptimSettings, ["lr=-1e-3"], r"lr.peak: must be 0 or greater, got -0.001  \[override"),
+        (OptimSettings, ["lr={start: -1, warmup: 3}"], "lr.start: must be 0 or greater"),
+        (OptimSettings, ["weight_decay.end=-0.1"], "weight_decay.end: must be 0 or greater"),
+        (OptimSettings, ["freeze_last_layer=1.5"], "freeze_last_layer: give whole steps, or a share"),
+        (self_distillation.Settings, ["momentum=1.01"], "momentum.peak: must be between 0 and 1, got 1.01"),
+        (self_distillation.Settings, ["momentum={peak: 0.9, end: 2}"], "momentum.end: must be between 0 and 1"),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused_with_their_place(
+    model: type[Settings], words: list[str], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load(model, overrides=words)
+
+
+def test_only_values_that_are_used_are_looked_at() -> None:
+    assert load(dino.Settings, overrides=["teacher_temperature=0.05"]).teacher_temperature.start == 0
+    frozen = load(OptimSettings, overrides=["lr={peak: 0, end: 1e-3, freeze: 5}", "weight_decay=0"])
+    assert frozen.lr.over(10)(0) == 0
+    assert load(self_distillation.Settings, overrides=["momentum={peak: 0, end: 1}"]).momentum.end == 1
+
+
+def test_lengths_are_steps_or_shares() -> None:
+    assert [whole(length, 250) for length in (0, 0.1, 0.999, 1, 7.0)] == [0, 25, 250, 1, 7]
+    assert OptimSettings(freeze_last_layer=0.1).schedules(250, 8).freeze_last_layer == 25

@@ -16,13 +16,15 @@ from launch.log import Log
 from pretrain.checkpoint import Checkpoints, CheckpointSettings
 from pretrain.data.batch import Batch
 from pretrain.data.masks import MaskSettings, draw_masks
+from pretrain.export import Settings as ExportSettings
+from pretrain.export import main as write_file
 from pretrain.loop import Guard, LoopSettings, train
-from pretrain.methods import Source
+from pretrain.methods import Source, self_distillation
 from pretrain.methods.self_distillation import SelfDistillation, Settings, build
 from pretrain.models.vit import VitSettings
 from pretrain.optim import OptimSettings, build_optimizer
-from pretrain.parallel import ParallelSettings, compile_blocks, fill, place, recompute_blocks, shard
-from pretrain.released import ReleasedError
+from pretrain.parallel import ParallelSettings, compile_blocks, fill, make_mesh, place, recompute_blocks, shard
+from pretrain.released import ReleasedError, read
 from pretrain.schedule import Schedule
 from tests.gloo import run_ranks
 
@@ -57,8 +59,10 @@ def make(
 ) -> SelfDistillation:
     with torch.device("meta"):
         method = build(Settings(terms=terms, **settings), model=VIT, steps=10, guard=guard or Guard(here.device))
+    parallel = ParallelSettings(sharding=sharding)
+    mesh = make_mesh(here, parallel)
     for name, network in method.networks.items():
-        shard(network, here, ParallelSettings(sharding=sharding), frozen=name != "student")
+        shard(network, here, parallel, frozen=name != "student", mesh=mesh)
         for part in network.values():
             place(part, here.device)
     method.placed()
@@ -179,9 +183,13 @@ def test_names_are_kinds_and_null_takes_a_term_away() -> None:
     assert list(again.active) == ["dino", "near"]
 
 
-def test_gram_teacher_is_renewed_when_due_and_at_most_so_often(tmp_path: Path) -> None:
-    source = keep(tmp_path, make(seed=5))
-    gram = {"path": source, "update_every": 2, "max_updates": 2}
+@pytest.mark.parametrize(
+    ("gram", "expected"), [({"max_updates": 2}, [1, 3]), ({}, [1, 3, 5, 7]), ({"update_every": 0}, [])]
+)
+def test_gram_teacher_is_renewed_when_due_and_at_most_so_often(
+    tmp_path: Path, gram: dict[str, int], expected: list[int]
+) -> None:
+    gram = {"path": keep(tmp_path, make(seed=5)), "update_every": 2, **gram}  # type: ignore[dict-item]
     method = make({**TERMS, "gram": {}}, gram_teacher=gram)
     frozen, teacher = method.networks["gram_teacher"]["backbone"], method.teacher["backbone"]
     assert not same(frozen, teacher)
@@ -193,7 +201,7 @@ def test_gram_teacher_is_renewed_when_due_and_at_most_so_often(tmp_path: Path) -
         method.after_step(step)
         if same(frozen, teacher):
             renewed.append(step)
-    assert renewed == [1, 3]
+    assert renewed == expected
 
 
 def test_a_term_of_weight_zero_costs_no_gram_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +239,23 @@ def test_a_run_starts_from_student_and_teacher_of_another(tmp_path: Path) -> Non
     assert same(headless.student["backbone"], first.student["backbone"])
     assert not same(headless.student["dino_head"], first.student["dino_head"])
     assert same(headless.student["dino_head"], headless.teacher["dino_head"])
+
+
+def test_a_file_is_read_once_for_student_and_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make(seed=1)
+    write_file(ExportSettings(folder=keep(tmp_path, first).parent.parent, heads=True))
+    reads: list[Path] = []
+    monkeypatch.setattr(self_distillation, "read", lambda path, *more: reads.append(path) or read(path, *more))
+    second, said = make(seed=2), list[str]()
+    states = second.initial(2, Source(path=tmp_path / "export.safetensors", heads=False), said.append)
+    assert reads == [tmp_path / "export.safetensors"]
+    assert states["student"] == states["teacher"]
+    assert torch.equal(states["teacher"]["backbone"]["cls_token"], first.teacher["backbone"].cls_token)  # type: ignore[arg-type]
+    assert said[0] == "student and teacher:"
+    assert [line.split(":")[0].strip() for line in said if "starts fresh" in line] == ["dino_head", "ibot_head"]
+    reads.clear()
+    second.initial(2, Source(path=tmp_path), said.append)
+    assert reads == [tmp_path, tmp_path]
 
 
 def test_heads_of_another_size_are_refused_with_the_setting_to_change(tmp_path: Path) -> None:

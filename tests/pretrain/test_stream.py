@@ -263,12 +263,12 @@ def test_channels_and_empty_corpora_are_refused() -> None:
 
 def test_signals_for_the_trainer_do_not_kill_workers() -> None:
     made = stream(Phantoms(30), settings(workers=2))
-    first = [next(made)]
+    first = [next(made), next(made)]  # one of each worker, so that both have started
     for worker in multiprocessing.active_children():
         assert worker.pid
         for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             os.kill(worker.pid, name)
-    first += [next(made) for _ in range(9)]
+    first += [next(made) for _ in range(8)]
     made.close()
     assert all(same(a, b) for a, b in zip(first, take(Phantoms(30), settings(), 10), strict=True))
 
@@ -282,6 +282,12 @@ def test_a_dead_worker_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(made, "_loaded", dies())
     with pytest.raises(StreamError, match=r"pid 7.*lower data\.workers=0 or data\.prefetch=2"):
         next(made)
+
+
+def test_an_error_of_a_living_worker_is_told_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Phantoms, "hu", lambda self, i: torch.zeros(2).view(3))
+    with pytest.raises(RuntimeError, match=r"DataLoader worker process 0(.|\n)*shape '\[3\]' is invalid"):
+        take(Phantoms(30), settings(workers=1, start_method="fork"), 1)
 
 
 def test_torchs_random_state_is_left_alone() -> None:

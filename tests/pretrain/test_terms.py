@@ -13,7 +13,7 @@ from torch import Tensor
 from launch.distributed import world
 from launch.settings import plugins
 from pretrain.data.batch import Batch
-from pretrain.losses import Given, Views, dino, gram
+from pretrain.losses import Given, Views, dino, gram, koleo
 from pretrain.losses._sinkhorn import sinkhorn
 from pretrain.models.heads import HeadSettings
 from pretrain.models.vit import Features
@@ -26,12 +26,12 @@ IMAGES, DIM, GRID = 4, 16, 4
 
 def _features(seed: int, crops: int = 2, grid: int = GRID) -> Features:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((DIM,), (2, DIM), (grid**2, DIM), (3 + grid**2, DIM))
+    shapes = ((DIM,), (2, DIM), (grid**2, DIM))
     return Features(*(torch.randn(crops * IMAGES, *shape, generator=generator).requires_grad_() for shape in shapes))
 
 
 def _fields(features: Features) -> list[Tensor]:
-    return [x.detach() for x in (features.cls, features.registers, features.patches, features.prenorm)]
+    return [x.detach() for x in (features.cls, features.registers, features.patches)]
 
 
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
@@ -162,6 +162,19 @@ def test_a_batch_without_masks_costs_nothing() -> None:
     assert all(parameter.grad is not None for parameter in term.head.parameters())
 
 
+def test_koleo_seeks_neighbours_within_sets_of_a_group() -> None:
+    student = _views(0)
+    crops = student.globals_.cls.detach().split(IMAGES)
+
+    def mean_over_sets(images: int) -> Tensor:
+        losses = [torch.stack([koleo.koleo_loss(part) for part in crop.split(images)]).mean() for crop in crops]
+        return 0.1 * torch.stack(losses).sum()
+
+    assert not torch.allclose(mean_over_sets(2), mean_over_sets(4))
+    for group, images in ((2, 2), (3, 4), (4, 4), (99, 4), (None, 4)):
+        torch.testing.assert_close(_loss(_term("koleo", group), student, student).detach(), mean_over_sets(images))
+
+
 def test_gram_takes_a_larger_view_and_asks_for_a_teacher() -> None:
     term, student, batch = _term("gram"), _views(0), _batch((0,))
     large = Batch(
@@ -178,10 +191,17 @@ def test_gram_takes_a_larger_view_and_asks_for_a_teacher() -> None:
         term.loss(Given(0, batch, student, student))
 
 
-def two_ranks(rank: int, size: int) -> dict[str, Tensor]:
+# A rank holds 4 images: groups of 8 join both, groups of 2 split each.
+GROUPED = [*((name, 8) for name in TERMS), ("koleo", 4), ("koleo", 2)]
+
+
+def two_ranks(rank: int, size: int) -> dict[tuple[str, int], Tensor]:
     """The loss of each term on rank ``rank``'s half of the batch."""
     with world("cpu"):
-        return {name: _loss(_term(name, group=8), _views(rank), _views(rank + 2), rank).detach() for name in TERMS}
+        return {
+            (name, group): _loss(_term(name, group), _views(rank), _views(rank + 2), rank).detach()
+            for name, group in GROUPED
+        }
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
@@ -191,7 +211,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         pairs = [[view.globals_ for view in views], [view.locals_ for view in views if view.locals_]]
         return Views(*(Features(*map(_interleave, *(_fields(half) for half in pair))) for pair in pairs))
 
-    for name in TERMS:
-        one = _loss(_term(name, group=8), whole(_views(0), _views(1)), whole(_views(2), _views(3)), (0, 1))
-        both = (results[0][name] + results[1][name]) / 2
+    for name, group in GROUPED:
+        one = _loss(_term(name, group), whole(_views(0), _views(1)), whole(_views(2), _views(3)), (0, 1))
+        both = (results[0][name, group] + results[1][name, group]) / 2
         torch.testing.assert_close(both, one.detach(), rtol=1e-5, atol=1e-6)

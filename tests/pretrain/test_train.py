@@ -124,8 +124,9 @@ def test_a_signal_is_said_to_be_no_failure(tmp_path: Path, monkeypatch: pytest.M
 def killed_at_half(folder: Path) -> int:
     """Start a run in another process and kill it, with no chance to react, once its third step is saved."""
     command = [sys.executable, "-P", __file__, str(folder)]
+    ours = os.environ | {"PYTHONPATH": str(REPOSITORY)}  # not the code that happens to be installed
     with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=REPOSITORY, env=ours, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as child:
         assert child.stdout is not None
         for line in child.stdout:
