@@ -38,7 +38,8 @@ _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "
 
 def main(settings: Settings) -> Outcome:
     """Pretrain, or continue where the run folder's newest checkpoint stands."""
-    corpus = Corpus(settings.data.corpus, settings.data.split)
+    # Not mapped: a storage that fails is then an error that names the shard, not the end of a process.
+    corpus = Corpus(settings.data.corpus, settings.data.split, mapped=False)
     flops = flops_per_step(settings)
     with world(settings.device) as here:
         say: Callable[[str], None] = print if here.rank == 0 else _silent

@@ -109,7 +109,7 @@ def batches(
     check(settings, world.size, patch_size)
     if in_channels not in (1, 3):
         raise StreamError(f"in_channels: {in_channels}; a slice has one channel, which can be repeated to 3")
-    slices = Corpus(settings.corpus, settings.split) if corpus is None else corpus
+    slices = Corpus(settings.corpus, settings.split, mapped=False) if corpus is None else corpus
     if not len(slices):
         raise StreamError(f"data.corpus: {settings.corpus} has no slice in split {settings.split!r}")
     if len(slices) < settings.batch_size and world.rank == 0:

@@ -241,7 +241,7 @@ def test_facts_are_those_of_the_index(tmp_path: Path) -> None:
         ("val", 4, 1, 1, 1),
     ]
     assert [(proof.left, proof.right, proof.shared) for proof in facts.proofs] == [
-        *[(3, 1, 0)] * 2, *[(12, 4, 0)] * 2, *[(1, 4, 0)] * 2, (5, 4, 0), (0, 4, 0)
+        *[(3, 1, 0)] * 2, *[(12, 4, 0)] * 2, (0, 4, 0), (0, 16, 0), *[(1, 4, 0)] * 2, (5, 4, 0), (0, 4, 0)
     ]  # fmt: skip
     assert chaos.refused == {"truncated": 5, "held_out": 1, "held_out_related": 1}
     assert [s.name for s in facts.sets if not s.slices] == ["nothing"]
