@@ -206,7 +206,7 @@ def target_size(shape: Sequence[int], own: Sequence[float], wanted: float | None
 def resample(hu: NDArray[np.int16], size: tuple[int, int]) -> NDArray[np.int16]:
     """Slices [Z, Y, X] on another in-plane grid: antialiased bicubic, cut to the values that the volume had."""
     if hu.shape[1:] == size:
-        return hu
+        return np.require(hu, requirements=["C", "W"])  # a volume may be a flipped, read-only view of a file
     low, high = int(hu.min()), int(hu.max())
     found = np.empty((len(hu), *size), dtype=np.int16)
     for z, plane in enumerate(hu):

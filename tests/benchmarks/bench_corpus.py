@@ -1,29 +1,36 @@
-"""Speed of the corpus as ratios inside one run: `python tests/benchmarks/bench_corpus.py [FOLDER OF SCANS]`.
+"""What a stored slice costs: `python -m tests.benchmarks.bench_corpus [FOLDER OF SCANS]`.
 
-Without a folder, phantoms of 512 x 512 pixels are curated. CPU time of one thread, median of rounds, curation and
-reading in one round each; the ratios count, the milliseconds are those of the machine.
+The table that the codecs were chosen by (bytes, encoding, decoding; of whole frames and of the boxes around the body),
+and random reads by index against webdataset's stream. Without a folder, phantoms of 512 x 512 pixels are curated. CPU
+time of one thread, median of rounds; the ratios count, the milliseconds are those of the machine.
 """
 
 from __future__ import annotations
 
+import io
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 import webdataset
+from numpy.typing import NDArray
+from PIL import Image
 
 from data_curation import phantom
 from data_curation.corpus import Corpus
 from data_curation.curate import Settings, Source, main
-from data_curation.slices import decode, encode
-from data_curation.volumes import find
+from data_curation.slices import CODECS, decode, encode
 
 ROUNDS = 5
+Pack = Callable[[NDArray[np.int16]], bytes]
+Unpack = Callable[[bytes], NDArray[Any]]
 
 
 def cpu(work: Callable[[], object], rounds: int = ROUNDS) -> float:
@@ -36,43 +43,36 @@ def cpu(work: Callable[[], object], rounds: int = ROUNDS) -> float:
     return statistics.median(taken)
 
 
-def bench_curation(scans: Path, root: Path) -> None:
-    """Curation end to end against reading the same files with SimpleITK and keeping nothing."""
+def png(hu: NDArray[np.int16]) -> bytes:
+    """What people store: a 16-bit PNG by PIL at its default level, 6."""
+    file = io.BytesIO()
+    Image.fromarray((hu.astype(np.int32) + 32768).astype(np.uint16)).save(file, "PNG", compress_level=6)
+    return file.getvalue()
 
-    def read() -> None:
-        for found in find(scans):
-            if found.kind == "dicom":
-                sitk.GetArrayFromImage(sitk.ReadImage([str(path) for path in found.files]))
-            else:
-                sitk.GetArrayFromImage(sitk.ReadImage(str(found.path)))
 
-    def settings(name: str) -> Settings:
-        return Settings(folder=root / name, datasets=(Source(name="folder", root=scans),), workers=1)
-
-    main(settings("warm-up"))  # imports take longer than a small folder
-    curated = cpu(lambda: main(settings("made")), rounds=1)
-    folder = root / "made"
-    n, alone = len(Corpus(folder, None, duplicates=True)), cpu(read, rounds=1)
-    print(
-        f"curate: {n / curated:.0f} slices/s/core; SimpleITK reading alone {n / alone:.0f}; "
-        f"curate = {curated / alone:.2f} readings"
-    )
+def unpng(data: bytes) -> NDArray[np.uint16]:
+    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def bench_codecs(corpus: Corpus) -> None:
-    """Decoding against a copy of the raw pixels and against 16-bit PNG."""
-    slices = [corpus.hu(i) for i in range(0, len(corpus), max(len(corpus) // 60, 1))]
-    raw = [hu.tobytes() for hu in slices]
-    floor = cpu(lambda: sum(np.frombuffer(data, np.int16).copy().size for data in raw))
-    times = {}
-    for codec in ("j2c", "png"):
-        stored = [encode(hu, codec) for hu in slices]
-        times[codec] = cpu(lambda stored=stored, codec=codec: sum(decode(data, codec).size for data in stored))
-        size, ms = sum(map(len, stored)), times[codec] / len(slices) * 1e3
-        written = cpu(lambda codec=codec: [encode(hu, codec) for hu in slices], 3) / len(slices) * 1e3
-        print(f"{codec}: {ms:.2f} ms to decode = {times[codec] / floor:.1f} copies, {written:.2f} to encode, "
-              f"{sum(map(len, raw)) / size:.2f} times smaller than raw")  # fmt: skip
-    print(f"png / j2c: {times['png'] / times['j2c']:.2f} times the decoding time")
+    """One line a codec, first of whole slices, then of the boxes that are stored."""
+    chosen = range(0, len(corpus), max(len(corpus) // 60, 1))
+    whole = Corpus(corpus.folder, None)
+    frames, boxes = [whole.hu(i) for i in chosen], [corpus.hu(i) for i in chosen]
+    raw = sum(hu.nbytes for hu in frames)
+    print(f"{'':14}{'of raw':>8}{'encode ms':>11}{'decode ms':>11}{'of PNG':>8}   ({len(frames)} slices)")
+    codecs: dict[str, tuple[Pack, Unpack]] = {"PNG (PIL)": (png, unpng)}
+    codecs |= {name: (partial(encode, codec=name), partial(decode, codec=name)) for name in CODECS}
+    for what, slices in (("frame", frames), ("box", boxes)):
+        first = 0.0
+        for name, (pack, unpack) in codecs.items():
+            stored = list(map(pack, slices))
+            written = cpu(lambda pack=pack, slices=slices: list(map(pack, slices)), 1)  # type: ignore[misc]
+            read = cpu(lambda unpack=unpack, stored=stored: list(map(unpack, stored)))  # type: ignore[misc]
+            first = first or read
+            write_ms, read_ms = (seconds / len(slices) * 1e3 for seconds in (written, read))
+            size = sum(map(len, stored)) / raw
+            print(f"{what:6}{name:10}{size:6.3f}{write_ms:11.2f}{read_ms:11.2f}{read / first:8.2f}")
 
 
 def bench_reading(corpus: Corpus) -> None:
@@ -94,7 +94,7 @@ if __name__ == "__main__":
         scans = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary, "scans")
         if len(sys.argv) < 2:
             phantom.write("folder", scans, range(3), shape=(40, 512, 512), spacing=(3.0, 0.75, 0.75))
-        bench_curation(scans, Path(temporary))
-        made = Corpus(Path(temporary, "made"), None)
-        bench_codecs(made)
-        bench_reading(made)
+        made = Path(temporary, "made")
+        main(Settings(folder=made, datasets=(Source(name="folder", root=scans),)))
+        bench_codecs(Corpus(made, None, frame=False))
+        bench_reading(Corpus(made, None, frame=False))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import data_curation.catalogue
 from data_curation.catalogue import CatalogueError, cases
+from data_curation.dataset import TEST_SET
 
 TREES = {  # files of a faked tree; images, held out, patients that `cases` must find in it
     "msd_liver": ("Task03_Liver", "liver"),
@@ -170,3 +174,17 @@ def test_a_wrong_root_says_what_was_expected_and_what_is_there(tmp_path: Path) -
         cases("chaos", tmp_path / "empty")
     with pytest.raises(CatalogueError, match="no data set is called 'litz'"):
         cases("litz", tmp_path)
+
+
+def test_the_17th_entry_of_the_readme_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "data_curation" / "README.md").read_text()
+    (block,) = re.findall(r"```py\n(.*?)```", text, flags=re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(block, made)
+    (entry,) = made["DATASETS"]
+    monkeypatch.setattr(data_curation.catalogue, "CATALOGUE", {entry.name: entry})
+    touch(tmp_path, "images/liver_0001.nii.gz", "labels/liver_0001.nii.gz", "test/liver_0900.nii.gz")
+    found, refused = cases("ours", tmp_path)
+    assert [(case.patient, case.held_out) for case in found] == [("liver_0001", ""), ("liver_0900", TEST_SET)]
+    assert found[0].label == tmp_path / "labels" / "liver_0001.nii.gz"
+    assert refused == []

@@ -21,7 +21,7 @@ class Slices:
 
     folder = Path("made-up")
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         """Whatever corpus was asked for."""
 
     def __len__(self) -> int:

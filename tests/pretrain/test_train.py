@@ -41,7 +41,7 @@ class Slices:
     folder = Path("made-up")
     delay = 0.0
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         draw = np.random.default_rng(0)
         self.slices = [
             (draw.normal(0, 1, (80, 72)).cumsum(0).cumsum(1) * 4).clip(-1000, 1000).astype(np.int16) for _ in range(24)
