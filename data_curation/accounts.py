@@ -110,7 +110,7 @@ def write_sources(folder: Path, identities: Sequence[Sequence[str]]) -> None:
 def _write_csv(path: Path, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([names, *rows])
-    with aside(path) as file:
+    with aside(path, lasting=False) as file:
         file.write(text.getvalue().encode())
 
 
@@ -171,7 +171,7 @@ def count(
 def write_throughput(folder: Path, slices: int, took: float, workers: int) -> None:
     """private/throughput.json: how fast this run was, for the report; nothing is noted where nothing was read."""
     if slices:
-        with aside(folder / "private" / "throughput.json") as file:
+        with aside(folder / "private" / "throughput.json", lasting=False) as file:
             file.write(json.dumps({"slices_read": slices, "seconds": took, "workers": workers}).encode())
 
 

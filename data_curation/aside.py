@@ -18,23 +18,22 @@ _ASIDE = ".part"
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[IO[bytes]]:
+def aside(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
     """A file that becomes `path` if the block ends without an error: readers never see half of it, kill -9 or not.
 
-    An OSError (disk full, no permission, quota) names the file and what to do.
+    One that is not `lasting` may be lost or damaged if the machine itself fails: for what is proven before it is used
+    and can be made again. An OSError (disk full, no permission, quota) names the file and what to do.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}{_ASIDE}")
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if lasting:
+            _sync(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         text = f"{error.strerror or error}; make room or allow writing, then run the same command again to go on"
@@ -44,15 +43,23 @@ def aside(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def _sync(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def sweep(folder: Path) -> None:
     """Removes what a killed process left aside. Only for a folder that nobody else writes to."""
     for part in folder.glob(f".*{_ASIDE}"):
         part.unlink(missing_ok=True)
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
+def write_parquet(path: Path, table: pa.Table, lasting: bool = True) -> None:
     """The table at `path`, whole or not at all; equal tables give equal bytes."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    with aside(path) as file:
+    with aside(path, lasting) as file:
         file.write(buffer.getbuffer())

@@ -46,24 +46,31 @@ def body_box(plane: NDArray[np.int16], spacing: tuple[float, float], margin_mm: 
 
     height, width = plane.shape
     steps = [min(4, n, max(1, round(BLOCK_MM / side))) for n, side in zip(plane.shape, spacing, strict=True)]
-    solid = np.pad(_sampled(plane, *steps) > BODY_HU, 1)
+    sampled = _sampled(plane, *steps)
+    solid = np.zeros((sampled.shape[0] + 2, sampled.shape[1] + 2), bool)
+    np.greater(sampled, BODY_HU, out=solid[1:-1, 1:-1])
     core = solid[1:-1, 1:-1] & solid[:-2, 1:-1] & solid[2:, 1:-1] & solid[1:-1, :-2] & solid[1:-1, 2:]
-    labels, found = ndimage.label(core)
-    sizes = np.bincount(labels.ravel(), minlength=found + 1)
-    sizes[0] = 0
-    if sizes.max() < PARTS:
+    labels, _ = ndimage.label(core)
+    sizes = np.bincount(labels[core])
+    if sizes.size == 0 or sizes.max() < PARTS:
         return Box(0, 0, height, width), Box(0, 0, height, width)
     # A block at the edge of a part was worn off, and may have one sample outside it.
     margins = [math.ceil(margin_mm / side) + 2 * step - 1 for step, side in zip(steps, spacing, strict=True)]
-    every = _around((sizes >= PARTS)[labels], steps, margins, plane.shape)
-    return every, _around((sizes >= sizes.max() / 5)[labels], steps, steps, plane.shape)
+    places = ndimage.find_objects(labels)
+    every, large = (np.flatnonzero(sizes >= least) - 1 for least in (PARTS, max(PARTS, sizes.max() / 5)))
+    return (
+        _around([places[part] for part in every.tolist()], steps, margins, plane.shape),
+        _around([places[part] for part in large.tolist()], steps, steps, plane.shape),
+    )
 
 
-def _around(blocks: NDArray[np.bool_], steps: Sequence[int], margins: Sequence[int], shape: tuple[int, ...]) -> Box:
+def _around(
+    parts: Sequence[tuple[slice, ...]], steps: Sequence[int], margins: Sequence[int], shape: tuple[int, ...]
+) -> Box:
     ends = []
     for axis, (step, margin, whole) in enumerate(zip(steps, margins, shape, strict=True)):
-        places = np.flatnonzero(blocks.any(1 - axis))
-        ends.append((max(0, int(places[0]) * step - margin), min(whole, (int(places[-1]) + 1) * step + margin)))
+        first, last = min(part[axis].start for part in parts), max(part[axis].stop for part in parts)
+        ends.append((max(0, first * step - margin), min(whole, last * step + margin)))
     (top, bottom), (left, right) = ends
     return Box(top, left, bottom - top, right - left)
 

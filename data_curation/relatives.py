@@ -35,7 +35,7 @@ def relatives(folder: Path, candidates: Sequence[Candidate]) -> tuple[Alike, ...
     found = alike(
         [one.codes for one in candidates], [one.doubts for one in candidates], lambda i: thumbs(folder, names[i])
     )
-    with aside(folder / FOUND) as file:
+    with aside(folder / FOUND, lasting=False) as file:
         file.write(json.dumps({"key": key, "pairs": [_packed(pair) for pair in found]}).encode())
     return tuple(found)
 

@@ -112,7 +112,9 @@ def scan(folder: Path, task: ScanTask) -> Scan:
     result = Scan(task.stamp, verdict.kept, verdict.reason, verdict.detail, len(rows), spooled, again)
     columns = {name: [row[name] for row in rows] for name in _COLUMNS.names}
     proof = {"scan": json.dumps(asdict(result)), "volume": json.dumps(constants)}
-    write_parquet(_proof_path(folder, task.volume), pa.table(columns, _COLUMNS).replace_schema_metadata(proof))
+    write_parquet(
+        _proof_path(folder, task.volume), pa.table(columns, _COLUMNS).replace_schema_metadata(proof), lasting=False
+    )
     return result
 
 
@@ -149,7 +151,7 @@ def _encode(folder: Path, task: ScanTask, volume: Volume, left_out: dict[int, st
     if not task.spool:
         return [_row(one, b"", 0) for one in kept], 0
     rows, at = list[dict[str, Any]](), 0
-    with aside(spool_path(folder, task.volume)) as file:
+    with aside(spool_path(folder, task.volume), lasting=False) as file:
         for one in kept:
             data = encode(one.hu, task.codec)
             rows.append(_row(one, data, at))

@@ -26,7 +26,7 @@ from PIL import Image
 from data_curation import phantom
 from data_curation.corpus import Corpus
 from data_curation.curate import Settings, Source, main
-from data_curation.slices import CODECS, decode, encode
+from data_curation.slices import CODECS, SliceRule, decode, encode
 
 ROUNDS = 5
 Pack = Callable[[NDArray[np.int16]], bytes]
@@ -54,10 +54,9 @@ def unpng(data: bytes) -> NDArray[np.uint16]:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def bench_codecs(corpus: Corpus) -> None:
+def bench_codecs(whole: Corpus, corpus: Corpus) -> None:
     """One line a codec, first of whole slices, then of the boxes that are stored."""
     chosen = range(0, len(corpus), max(len(corpus) // 60, 1))
-    whole = Corpus(corpus.folder, None)
     frames, boxes = [whole.hu(i) for i in chosen], [corpus.hu(i) for i in chosen]
     raw = sum(hu.nbytes for hu in frames)
     print(f"{'':14}{'of raw':>8}{'encode ms':>11}{'decode ms':>11}{'of PNG':>8}   ({len(frames)} slices)")
@@ -94,7 +93,9 @@ if __name__ == "__main__":
         scans = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary, "scans")
         if len(sys.argv) < 2:
             phantom.write("folder", scans, range(3), shape=(40, 512, 512), spacing=(3.0, 0.75, 0.75))
-        made = Path(temporary, "made")
-        main(Settings(folder=made, datasets=(Source(name="folder", root=scans),)))
-        bench_codecs(Corpus(made, None, frame=False))
+        sources = (Source(name="folder", root=scans),)
+        frames, made = Path(temporary, "frames"), Path(temporary, "made")
+        main(Settings(folder=frames, datasets=sources, slices=SliceRule(box="none")))
+        main(Settings(folder=made, datasets=sources))
+        bench_codecs(Corpus(frames, None), Corpus(made, None, frame=False))
         bench_reading(Corpus(made, None, frame=False))
