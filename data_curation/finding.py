@@ -13,9 +13,9 @@ from data_curation import dicom_headers, dicom_stacks, metaimage, nrrd
 from data_curation.dicom_headers import Header
 from data_curation.grid import VolumeError
 
-__all__ = ["Found", "find"]
+__all__ = ["KINDS", "Found", "find", "parts"]
 
-_KINDS = {
+KINDS = {  # of images by their ending; longer endings first
     ".nii.gz": "nifti",
     ".nii": "nifti",
     ".hdr": "nifti",
@@ -79,7 +79,7 @@ def find(root: Path, skipped: Counter[str] | None = None) -> Iterator[Found]:
             if kind == "dicom":
                 headers += dicom_headers.read(path, seen)
             elif kind in ("nifti", "nrrd", "metaimage"):
-                yield Found(path, _parts(path), kind, source, source)
+                yield Found(path, parts(path), kind, source, source)
             elif kind == "unreadable":
                 detail = "the file cannot be opened: allow reading it"
                 yield Found(path, (path,), "dicom", source, source, reason="unreadable", detail=detail)
@@ -88,7 +88,7 @@ def find(root: Path, skipped: Counter[str] | None = None) -> Iterator[Found]:
     yield from _series(headers, root)
 
 
-def _parts(path: Path) -> tuple[Path, ...]:
+def parts(path: Path) -> tuple[Path, ...]:
     """The file, and the voxels that its header names, or that lie beside it under the same name."""
     suffix = path.suffix.lower()
     if suffix not in (".hdr", ".mhd", ".nhdr"):
@@ -170,9 +170,9 @@ def _kind(path: Path) -> str:
     name = path.name.lower()
     if _hidden(path.name):
         return "hidden files"
-    suffix = next((suffix for suffix in _KINDS if name.endswith(suffix)), "")
+    suffix = next((suffix for suffix in KINDS if name.endswith(suffix)), "")
     if suffix:
-        return _KINDS[suffix]
+        return KINDS[suffix]
     suffix = Path(name).suffix
     if suffix in _OTHER:
         return suffix

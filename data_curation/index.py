@@ -22,6 +22,7 @@ from data_curation.aside import aside
 from data_curation.likeness_match import Alike
 
 __all__ = [
+    "EXCLUDED",
     "INDEX",
     "SCHEMA",
     "CorpusError",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 INDEX = "index.parquet"
+EXCLUDED = "excluded"  # the split of slices in finished shards that must no longer be used
 MERGED = 32  # shards that make one row group
 
 
@@ -221,7 +223,7 @@ def merge(folder: Path, shards: Sequence[str], withdrawn: Mapping[str, str]) -> 
             table = pa.concat_tables([table.replace_schema_metadata(None).cast(SCHEMA) for table in tables])
             if withdrawn:
                 found = pc.index_in(table["volume"], gone)
-                split = pc.if_else(pc.is_null(found), table["split"], "excluded")
+                split = pc.if_else(pc.is_null(found), table["split"], EXCLUDED)
                 reason = pc.fill_null(pc.take(why, found), "")
                 for name, values in (("split", split), ("excluded", reason)):
                     table = table.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), values)

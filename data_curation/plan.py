@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from data_curation.index import Links, split_of
 from data_curation.shards import Part, Shard
 
-__all__ = ["DUPLICATES", "EXCLUDED", "HELD_OUT", "Candidate", "Plan", "PlanRules", "plan"]
+__all__ = ["DUPLICATES", "HELD_OUT", "Candidate", "Plan", "PlanRules", "plan"]
 
 DUPLICATES = "duplicates"
 HELD_OUT = "tied to a case that is held out for testing"  # why a volume is withdrawn
-EXCLUDED = "excluded"  # the split of slices in finished shards that must no longer be used
 
 
 @dataclass(frozen=True)

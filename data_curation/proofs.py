@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_curation.index import CorpusError, read_index, read_part
+from data_curation.index import EXCLUDED, CorpusError, read_index, read_part
 from data_curation.plan import HELD_OUT
 
 __all__ = ["Proof", "proofs"]
@@ -45,7 +45,7 @@ def proofs(folder: Path, rules: Mapping[str, Any]) -> tuple[Proof, ...]:
     split = marks["split"]
     train, val = pc.equal(split, "train"), pc.equal(split, "val")
     used = pc.or_(train, val)
-    gone = pc.and_(pc.equal(split, "excluded"), pc.equal(marks["excluded"], HELD_OUT))
+    gone = pc.and_(pc.equal(split, EXCLUDED), pc.equal(marks["excluded"], HELD_OUT))
     telling = pc.not_equal(
         read_index(folder, ["content"])["content"], ""
     )  # a uniform slice tells nothing of its source

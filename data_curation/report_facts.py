@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_curation.corpus import Corpus
-from data_curation.index import INDEX, SCHEMA, CorpusError, fingerprint, read_index, read_part
+from data_curation.index import EXCLUDED, INDEX, SCHEMA, CorpusError, fingerprint, read_index, read_part
 from data_curation.proofs import Proof, proofs
 from data_curation.report_volumes import Volumes, read_volumes
 from data_curation.spans import spans
@@ -127,7 +127,7 @@ def gather(folder: Path, tiles: int, sample: int) -> Facts:
     hu, shown, sizes = {}, {}, {}
     corpus = Corpus(folder, split=None, duplicates=True, frame=False)
     rows = read_index(folder, ["dataset", "split", "size"], coded=("dataset", "split"))
-    used, kilobytes = pc.not_equal(rows["split"], "excluded").to_numpy(), rows["size"].to_numpy() / 1000
+    used, kilobytes = pc.not_equal(rows["split"], EXCLUDED).to_numpy(), rows["size"].to_numpy() / 1000
     for name in (one.name for one in sets if one.slices):
         own = pc.equal(rows["dataset"], name).to_numpy()
         sizes[name] = np.histogram(np.clip(kilobytes[own], 0, SIZE_EDGES[-1]), SIZE_EDGES)[0]

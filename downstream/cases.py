@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from data_curation.finding import KINDS
 from data_curation.folds import FOLD, FOLDS, drawn, fold_of
 from launch import settings as base
 
 __all__ = [
-    "KINDS",
     "CaseError",
     "Dataset",
     "Labels",
@@ -33,15 +33,6 @@ __all__ = [
     "told",
 ]
 
-KINDS = {  # of image and label files by their ending, in capitals too; longer endings first
-    ".nii.gz": "nifti",
-    ".nii": "nifti",
-    ".hdr": "nifti",
-    ".nrrd": "nrrd",
-    ".nhdr": "nrrd",
-    ".mha": "metaimage",
-    ".mhd": "metaimage",
-}
 _SHOWN = 10  # faults told in full; the rest are counted
 
 

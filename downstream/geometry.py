@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation import dicom, nifti
+from data_curation import nifti
+from data_curation.finding import KINDS, parts
 from data_curation.grid import OBLIQUE_DEGREES, Grid, from_image
-from data_curation.volumes import Found, Volume, VolumeError, read
-from downstream.cases import KINDS, CaseError, file_ending
+from data_curation.volumes import Found, Volume, VolumeError, load, of_grid
+from downstream.cases import CaseError, file_ending
 
 __all__ = [
     "LabelMap",
@@ -183,8 +184,8 @@ def read_labelmap(path: Path) -> LabelMap:
 
 def read_scan(found: Found) -> Scan:
     """The image as every reader of this project sees it, and both grids. VolumeError: see `data_curation.volumes`."""
-    volume = read(found)
-    grid = _load(found)
+    grid = load(found)
+    volume = of_grid(grid, found.source or found.path.name)
     own = _place(grid)
     straight = _straight(own, volume) if _is_resampled(grid) else lps(own)
     assert straight.size == volume.hu.shape[::-1], f"{found.path}: {straight.size} is not the grid of {volume.hu.shape}"
@@ -196,26 +197,11 @@ def found_at(path: Path) -> Found:
     kind = KINDS.get(file_ending(path).lower())
     if kind is None:
         raise VolumeError("not_a_volume", f"the ending is none of {', '.join(KINDS)}")
-    return Found(path, (path, *_voxels(path)), kind, path.name, path.name)
-
-
-def _voxels(path: Path) -> list[Path]:
-    """The files that lie beside a header and hold its voxels: the ones it names, and for NIfTI those called like it."""
-    if file_ending(path).lower() == ".hdr":
-        beside = [path.with_suffix(ending) for ending in (".img", ".IMG", ".img.gz", ".IMG.gz")]
-    elif file_ending(path).lower() in (".mhd", ".nhdr") and path.is_file():
-        with path.open("rb") as file:
-            lines = file.read(1 << 16).decode("utf-8", "replace").splitlines()
-        named = (part.strip() for line in lines for part in (line, line.rpartition("=")[2], line.rpartition(":")[2]))
-        beside = [path.parent / name for name in dict.fromkeys(named) if 0 < len(name) < 256]
-    else:
-        beside = []
-    return [voxels for voxels in beside if voxels.is_file() and voxels != path]
+    return Found(path, parts(path), kind, path.name, path.name)
 
 
 def _load(found: Found) -> Grid:
-    if found.kind == "dicom":
-        return dicom.load(found.files)
+    """A label map. Those of NRRD and MetaImage through ITK: our own readers take a segmentation for no image."""
     if found.kind == "nifti":
         return nifti.load(found.path)
     import SimpleITK as sitk

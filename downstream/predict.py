@@ -16,9 +16,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from data_curation.finding import KINDS
 from data_curation.volumes import Found, VolumeError, find
 from downstream import geometry
-from downstream.cases import KINDS, CaseError, case_name, file_ending
+from downstream.cases import CaseError, case_name, file_ending
 from downstream.inference import Window, predict_volume
 from downstream.model import Header, SegmentationModel, load_model
 from launch import settings as base

@@ -13,10 +13,11 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from data_curation.finding import KINDS
 from data_curation.grid import Grid
 from data_curation.grid import to_lps as reader_to_lps
 from data_curation.volumes import VolumeError, find, read
-from downstream.cases import KINDS, CaseError, case_name
+from downstream.cases import CaseError, case_name
 from downstream.geometry import (
     Place,
     align,
