@@ -127,6 +127,11 @@ def name(task: object) -> str:
     return f"task {task}"
 
 
+def hear() -> None:
+    """For a process that is to be interrupted: what starts in the background may inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def main(path: str, kind: str) -> None:
     """A command for signals: two tasks that hang, done by two workers, two local jobs or two SLURM jobs."""
     from launch.array import Array

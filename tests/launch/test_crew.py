@@ -23,6 +23,7 @@ from tests.launch.crew_tasks import (
     environment,
     fail,
     hang,
+    hear,
     itk_threads,
     name,
     process,
@@ -229,6 +230,7 @@ def _hanging(folder: Path, kind: str) -> tuple[subprocess.Popen[str], Noted]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear,
     )
     noted = Noted(folder)
     for _ in range(600):
@@ -261,7 +263,10 @@ def test_ctrl_c_ends_all_and_only_the_first_process_speaks(tmp_path: Path, kind:
     with process:
         # A terminal tells every process of the group; jobs elsewhere hear nothing.
         os.killpg(process.pid, signal.SIGINT) if kind == "workers" else process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGINT
     if kind == "workers":
         assert err.count("KeyboardInterrupt") == 1

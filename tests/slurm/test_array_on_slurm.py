@@ -14,7 +14,7 @@ import pytest
 
 from launch.array import Array
 from launch.slurm import ArrayRules, Slurm
-from tests.launch.crew_tasks import Noted, name
+from tests.launch.crew_tasks import Noted, hear, name
 from tests.slurm.one_machine import missing, slurm
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,7 +76,10 @@ def test_all_results_arrive_when_a_job_or_its_node_dies(tmp_path: Path, trouble:
 def started(folder: Path) -> subprocess.Popen[str]:
     code = "import sys; from tests.launch.crew_tasks import main; main(*sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder / "corpus"), "slurm"], text=True, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, str(folder / "corpus"), "slurm"],
+        text=True,
+        stderr=subprocess.PIPE,
+        preexec_fn=hear,
     )
     (folder / "corpus").mkdir()
     for _ in range(300):
@@ -91,7 +94,10 @@ def test_ctrl_c_cancels_the_jobs(tmp_path: Path) -> None:
     with started(tmp_path) as process:
         assert queued()
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        try:
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert until_empty()
 
 
