@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = resolve(verb.main)
         if verb.run and _rank_zero():
             free = FREE + verb.grows if getattr(settings, "extend", False) else FREE
-            folder = open_run(settings.folder, settings, ["axial", *words], free)
+            remedy = "add --extend, " if verb.grows and free is FREE else ""
+            folder = open_run(settings.folder, settings, ["axial", *words], free, remedy)
         detached = False
         if isinstance(executor, Here):
             outcome = target(settings)

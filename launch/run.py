@@ -88,10 +88,13 @@ def say(error: BaseException) -> str:
     return f"{name}{error}".rstrip(": ")
 
 
-def open_run(folder: Path, settings: Settings, command: Sequence[str], free: Collection[str] = ()) -> Path:
+def open_run(
+    folder: Path, settings: Settings, command: Sequence[str], free: Collection[str] = (), remedy: str = ""
+) -> Path:
     """Make ``folder`` the home of a run with these settings and note this start in it.
 
     ``free`` are dotted keys that may differ from the folder's own settings, such as "steps"; ``folder`` always may.
+    ``remedy`` is what else one can do about other settings.
     Raises RunError where the folder holds other settings or is being worked in, and where it cannot be written.
     """
     try:
@@ -101,7 +104,7 @@ def open_run(folder: Path, settings: Settings, command: Sequence[str], free: Col
         raise RunError(f"{file} is a file, so {folder} cannot be the run folder; choose another folder=") from None
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from None
-    _refuse_others(folder, settings, {"folder", *free})
+    _refuse_others(folder, settings, {"folder", *free}, remedy)
     record = _record(folder)
     _refuse_busy(folder, record["starts"][-1] if record["starts"] else {})
     start = {
@@ -206,7 +209,7 @@ def submitted(folder: Path) -> str:
     return newest.name.removesuffix("_submitted.pkl") if newest is not None else ""
 
 
-def _refuse_others(folder: Path, settings: Settings, free: Collection[str]) -> None:
+def _refuse_others(folder: Path, settings: Settings, free: Collection[str], remedy: str) -> None:
     path = folder / "settings.yaml"
     if not path.exists():
         return
@@ -215,7 +218,8 @@ def _refuse_others(folder: Path, settings: Settings, free: Collection[str]) -> N
         return
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), str(path), "settings given now", lineterm="", n=2)
     raise RunError(
-        f"{folder} holds a run with other settings; choose another folder=, or put these back:\n" + "\n".join(lines)
+        f"{folder} holds a run with other settings; choose another folder=, {remedy}or put these back:\n"
+        + "\n".join(lines)
     )
 
 

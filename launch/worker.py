@@ -32,7 +32,7 @@ def work(pipe: Connection[bytes, bytes], memory_gib: float | None) -> None:
     while True:
         try:
             kind, call, packed = pickle.loads(pipe.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             if kind == "function":
@@ -41,7 +41,10 @@ def work(pipe: Connection[bytes, bytes], memory_gib: float | None) -> None:
                 answer = pickle.dumps(("result", call, function(pickle.loads(packed))))
         except BaseException as error:  # it is raised in the parent
             answer = _packed(error, call)
-        pipe.send_bytes(answer)
+        try:
+            pipe.send_bytes(answer)
+        except ConnectionError:  # nobody waits for it any more
+            return
 
 
 def _packed(error: BaseException, call: int) -> bytes:

@@ -257,3 +257,22 @@ def test_a_verb_that_shares_out_tasks_is_given_who_does_them(
 def test_a_long_override_is_no_file_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["toy", "folder=a", f"mode={'x' * 300}"]) == 2
     assert "File name too long" not in capsys.readouterr().err
+
+
+def test_a_verb_that_grows_says_so_and_lets_only_that_change(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    scans = [{"name": "folder", "root": str(tmp_path), "id": name} for name in ("a", "b")]
+    monkeypatch.setattr("data_curation.curate.main", lambda settings, crew=None: Outcome())
+    first, both = (f"datasets={json.dumps(scans[:count])}" for count in (1, 2))
+    assert main(["curate", "folder=c", first]) == 0
+    Path("c/made").write_text("work")
+    capsys.readouterr()
+    assert main(["curate", "folder=c", both]) == 2
+    assert "choose another folder=, add --extend, or put these back" in capsys.readouterr().err
+    assert main(["curate", "folder=c", both, "--extend", "codec=b2"]) == 2
+    assert "add --extend" not in capsys.readouterr().err
+    assert main(["curate", "folder=c", both, "--extend"]) == 0
+    assert main(["curate", "folder=c", both]) == 0
+    assert main(["status", "folder=.", "--extend"]) == 2
+    assert "status has nothing to extend" in capsys.readouterr().err

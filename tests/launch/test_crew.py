@@ -56,7 +56,9 @@ def test_equal_tasks_are_all_done() -> None:
 def test_workers_live_on_from_call_to_call_and_end_with_the_block() -> None:
     with Workers(2).open() as each:
         first = {pid for _, pid in each(process, range(50), name)}
-        assert {pid for _, pid in each(process, range(50), name)} <= first
+        second = {pid for _, pid in each(process, range(50), name)}
+        assert first & second  # one of the two may be so quick that the other gets no task
+        assert len(first | second) <= 2
         assert os.getpid() not in first
     assert not any(Path(f"/proc/{pid}").exists() for pid in first)
 
