@@ -6,7 +6,8 @@ thumbnail of its body. `sign` makes the thumbnail and the code; data_curation.li
 The thumbnail shows the box of the body, so table, air and field of view do not count, and has 32 x 32 cells whatever
 the spacing, so a wrong spacing does not count either. It is clipped to [-150, 250] HU: over the scans and phantoms that
 were measured this window kept different patients furthest apart (highest correlation of two slices of different
-patients 0.91, against 0.97 with [-1000, 1000]), and a copy stored with any wider window has the same thumbnail. The
+patients 0.92, against 0.97 with [-1000, 1000]), and a copy clipped to any wider range has the same thumbnail as long
+as the box still tells air from body (data_curation.box: below -500 HU). The
 code holds the signs of its low-frequency cosine coefficients, after turning it into a position that the picture itself
 defines: perceptual hashing (Zauner, 2010), made to ignore flips and quarter turns.
 """

@@ -3,6 +3,11 @@
 First equal codes propose pairs of volumes, then thumbnails decide: the slices of the smaller volume must look like
 those of the larger one in the same order, at an even step, all turned the same way. So the smaller one has to lie in
 the larger one for at least half its length.
+
+The limits in `Rules` lie between what was measured on 24 real scans and on phantoms: along the best line two different
+patients correlate by at most 0.72 (real) or 0.84 (phantoms) and their codes differ in at least 18 or 10 bits; a copy
+that was turned, clipped, cut or resliced up to three times as thick correlates by 0.93 or more and differs in mostly
+4 bits or fewer. Made-up heads, smooth and round, correlate by up to 0.98: there only the codes (9 bits or more) help.
 """
 
 from __future__ import annotations
