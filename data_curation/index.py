@@ -82,7 +82,7 @@ SCHEMA = pa.schema(
         _field(
             "content",
             pa.string(),
-            "128 bits of SHA-256 of shape and every second row, clipped; '' if uniform",
+            "128 bits of SHA-256 of shape and every fourth row, clipped; '' if uniform",
         ),
         _field("licence", pa.string(), "licence of the data set"),
         _field("commercial", pa.bool_(), "the licence allows commercial use, by its strictest reading"),

@@ -139,7 +139,7 @@ def _about(settings: Settings, corpus: Corpus) -> dict[str, Any]:
     return {
         "model": settings.model.model_dump(mode="json"),
         "window": settings.data.window.model_dump(mode="json"),
-        "corpus": fingerprint(read_index(corpus.folder, ["key", "sha256"])),
+        "corpus": fingerprint([read_index(corpus.folder, ["key", "sha256"])]),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -247,3 +248,16 @@ if __name__ == "__main__":
     stand_in(setattr)
     Slices.delay = 0.05
     run(Path(sys.argv[1]), "checkpoint.every=3")
+
+
+def test_an_export_names_the_corpus_it_was_trained_on(tmp_path: Path) -> None:
+    from data_curation import curate, phantom
+    from data_curation.corpus import Corpus
+    from launch.crew import Workers
+
+    phantom.write("folder", tmp_path / "scans", [0], (4, 48, 48), (20.0, 8.0, 8.0))
+    given = {"folder": tmp_path / "corpus", "datasets": [{"name": "folder", "root": tmp_path / "scans"}]}
+    curate.main(curate.Settings.model_validate(given), Workers(0))
+    known = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
+    about = train._about(settings(tmp_path / "run"), Corpus(tmp_path / "corpus", None))
+    assert about["corpus"] == known["fingerprint"]
