@@ -58,12 +58,12 @@ def bases() -> dict[str, list[Files]]:
     slices = {f"s{i}.raw": HU[i].tobytes() for i in range(6)}
     named = "\n".join(slices)
     return {
-        "nifti1": [{"ct.nii": one + RAW}, {"ct.nii": turned + RAW}, {"ct.nii.gz": gzip.compress(one + RAW)}],
-        "nifti2": [{"ct.nii": _second() + RAW}, {"ct.nii.gz": gzip.compress(_second() + RAW)}],
-        "pair": [{"ct.hdr": pair, "ct.img": RAW}, {"ct.hdr": pair, "ct.img.gz": gzip.compress(RAW)}],
+        "nifti1": [{"ct.nii": one + RAW}, {"ct.nii": turned + RAW}, {"ct.nii.gz": gzip.compress(one + RAW, mtime=0)}],
+        "nifti2": [{"ct.nii": _second() + RAW}, {"ct.nii.gz": gzip.compress(_second() + RAW, mtime=0)}],
+        "pair": [{"ct.hdr": pair, "ct.img": RAW}, {"ct.hdr": pair, "ct.img.gz": gzip.compress(RAW, mtime=0)}],
         "nrrd": [
             {"ct.nrrd": nrrd(**sizes) + b"\n" + RAW},
-            {"ct.nrrd": nrrd(**sizes, encoding="gzip") + b"\n" + gzip.compress(RAW)},
+            {"ct.nrrd": nrrd(**sizes, encoding="gzip") + b"\n" + gzip.compress(RAW, mtime=0)},
             {"ct.nrrd": nrrd(**sizes, encoding="bzip2") + b"\n" + bz2.compress(RAW)},
             {"ct.nrrd": nrrd(**sizes, encoding="ascii") + b"\n" + " ".join(map(str, HU.ravel())).encode()},
             {"ct.nrrd": nrrd(**sizes, encoding="hex", line_skip="1", byte_skip="1") + b"\n\nx" + RAW.hex().encode()},
@@ -153,7 +153,7 @@ def _binary_extreme(raw: bytearray, draw: random.Random) -> bytes:
     if draw.random() < 0.2:  # a volume of 2 GB
         form, at = ("<3q", 24) if second else ("<3h", 42)
         struct.pack_into(form, raw, at, 1000, 1000, 1000)
-        return gzip.compress(bytes(raw)) if packed else bytes(raw)
+        return gzip.compress(bytes(raw), mtime=0) if packed else bytes(raw)
     if draw.random() < 0.5:  # a length of an axis, or their number
         form, at = ("<q", 16 + 8 * draw.randrange(8)) if second else ("<h", 40 + 2 * draw.randrange(8))
         value = draw.choice((0, -1, 1, 2, 4, 7, 100, 32767, -32768, *((2**40, 2**62) if second else ())))
@@ -169,7 +169,7 @@ def _binary_extreme(raw: bytearray, draw: random.Random) -> bytes:
         )
     if at + 8 <= len(raw):
         struct.pack_into(form, raw, at, value)
-    return gzip.compress(bytes(raw)) if packed else bytes(raw)
+    return gzip.compress(bytes(raw), mtime=0) if packed else bytes(raw)
 
 
 def _bomb(raw: bytearray, draw: random.Random) -> bytes:
