@@ -19,12 +19,13 @@ from launch.distributed import World
 from launch.settings import load
 from pretrain.data.batch import Batch
 from pretrain.data.masks import draw_masks
+from pretrain.flops import flops_per_step
 from pretrain.loop import Guard
-from pretrain.methods import Trainable
+from pretrain.methods import Trainable, build_method
 from pretrain.optim import build_optimizer, clip_gradients
 from pretrain.parallel import fill
 from pretrain.settings import Settings
-from pretrain.train import build_method, flops_per_step, place_method
+from pretrain.train import place_method
 
 SMALL = (
     "folder=unused", "steps=100", "precision=fp32", "data.corpus=unused", "data.batch_size=4",
