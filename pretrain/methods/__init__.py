@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from launch.settings import Settings
-from pretrain.loop import Method
+from launch.settings import Settings, plugins
+from pretrain.loop import Guard, Method
 
-__all__ = ["Source", "States", "Trainable"]
+if TYPE_CHECKING:
+    import pretrain.settings
+
+__all__ = ["Source", "States", "Trainable", "build_method"]
 
 States = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 """Whole tensors on the CPU by network, part and name: states["teacher"]["backbone"]["cls_token"]."""
@@ -50,3 +54,12 @@ class Trainable(Method, Protocol):
     def placed(self) -> None:
         """Take note that the networks now have their final parameters (sharded, on the device)."""
         ...
+
+
+def build_method(settings: pretrain.settings.Settings, guard: Guard, device: str = "meta") -> Trainable:
+    """The method of the settings with its networks on `device`; on the meta device they hold no numbers yet."""
+    family = plugins("pretrain.methods")
+    kind: str = settings.method.kind  # type: ignore[attr-defined]  # every plug-in's settings have one
+    with torch.device(device):
+        built: Trainable = family[kind].build(settings.method, model=settings.model, steps=settings.steps, guard=guard)
+    return built

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from launch.run import Stopped
 from launch.settings import dump, find, load
-from pretrain import train
+from pretrain import flops, train
 from pretrain.checkpoint import newest, read_tensors
 from pretrain.export import Settings as ExportSettings
 from pretrain.export import main as export
@@ -200,7 +200,7 @@ def test_flops_are_those_of_the_blocks(tmp_path: Path) -> None:
     head = 2 * (width * 64 + 64 * 64 + 64 * 32 + 32 * 64)
     forward = crops * (2 * block + embedding + head)
     # The backward pass costs twice the forward one, but for the pixels, which need no gradient.
-    assert train.flops_per_step(one) == pytest.approx(4 * forward - crops * embedding, rel=1e-3)
+    assert flops.flops_per_step(one) == pytest.approx(4 * forward - crops * embedding, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["smoke.yaml", "stage1.yaml", "stage2_gram.yaml", "stage3_hires.yaml"])

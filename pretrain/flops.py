@@ -1,0 +1,76 @@
+"""What a step costs in floating-point operations, and what a device can do of them."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.data.batch import Batch
+from pretrain.data.crops import CropShape
+from pretrain.data.masks import target_counts
+from pretrain.loop import Guard
+from pretrain.methods import build_method
+from pretrain.settings import Settings
+
+__all__ = ["flops_per_step", "peak_flops"]
+
+# Dense bfloat16 FLOP/s by a word of the device's name, from the makers' data sheets. Without an entry no MFU is shown.
+_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of the device in the run's precision; 0 where it is not known, as for any CPU."""
+    if device.type != "cuda" or precision != "bf16":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((peak for word, peak in _PEAKS.items() if all(part in name for part in word.split())), 0.0)
+
+
+def flops_per_step(settings: Settings) -> float:
+    """Count the FLOPs of one step of all ranks together, forward and backward, the mean over the mix of crop sizes.
+
+    Counted on tensors without numbers, with attention written out, since the counter takes the CPU's fused kernel for
+    nothing. All blocks cost the same and so do all images (but for KoLeo's B x B products, which are nothing beside
+    them): models of one and of two blocks on a few images tell the rest. To be called outside of a process group, which
+    would wait for the other ranks.
+    """
+    width, depth, heads = settings.model.shape
+    batch = settings.data.batch_size
+    few = min(batch, 10)
+    total = 0.0
+    for shape in settings.data.crops.shapes:
+        first, second = (_flops(settings, shape, (width, blocks, heads), few) for blocks in (1, 2))
+        total += shape.probability * (first + (depth - 1) * (second - first))
+    return total * batch / few
+
+
+def _flops(settings: Settings, shape: CropShape, size: tuple[int, int, int], images: int) -> int:
+    """Count one step of `images` with a backbone of this width, depth and heads."""
+    custom = {"size": "custom", **dict(zip(("width", "depth", "heads"), size, strict=True))}
+    resized = settings.model_copy(update={"model": settings.model.model_copy(update=custom)})
+    side = shape.global_size // settings.model.patch_size
+    batch = settings.data.batch_size
+    masked = round(sum(target_counts(settings.data.masks, (side, side), batch)) * images / batch)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        method = build_method(resized, Guard(torch.device("cpu")), "cpu")
+        terms = method.loss(_shapes_only(settings, shape, images, masked), 0)
+        torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+        return int(counter.get_total_flops())
+
+
+def _shapes_only(settings: Settings, shape: CropShape, images: int, masked: int) -> Batch:
+    """A batch with sizes only."""
+    channels, patch = settings.model.in_channels, settings.model.patch_size
+    side = shape.global_size // patch
+    empty = torch.empty
+    return Batch(
+        global_crops=empty(2 * images, channels, shape.global_size, shape.global_size),
+        local_crops=empty(settings.data.crops.n_local * images, channels, shape.local_size, shape.local_size),
+        gram_crops=empty(2 * images, channels, shape.gram_size, shape.gram_size) if shape.gram_size else None,
+        masks=empty(2 * images, side * side, dtype=torch.bool),
+        mask_indices=empty(masked, dtype=torch.long),
+        mask_weights=empty(masked),
+        keys=("",) * images,
+    )
