@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launch.distributed import World, world
 from launch.log import Log
 from pretrain.checkpoint import Checkpoints, CheckpointSettings
-from pretrain.loop import Ended, Guard, LoopError, LoopSettings, Stop, step_seed, train
+from pretrain.loop import Ended, Guard, LoopSettings, step_seed, train
+from pretrain.meter import LoopError
 from pretrain.schedule import Schedule, Schedules
 from pretrain.settings import Settings as RunSettings
+from pretrain.signals import Stop
 from tests.gloo import run_ranks
 
 HERE = World(0, 1, 0, torch.device("cpu"))
