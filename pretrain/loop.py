@@ -26,6 +26,7 @@ from pretrain.meter import Meter
 from pretrain.optim import clip_gradients
 from pretrain.schedule import Schedules
 from pretrain.signals import Stop
+from pretrain.watchdog import Watchdog, WatchdogSettings
 
 __all__ = ["Ended", "Guard", "LoopSettings", "Method", "step_seed", "train"]
 
@@ -45,6 +46,7 @@ class LoopSettings(Settings):
     gc_every: int = Field(150, ge=1, description="steps between two garbage collections, the same on all ranks")
     max_bad: int = Field(5, ge=1, description="steps in a row that may be skipped because something was not finite")
     validate_every: int = Field(0, ge=0, description="steps between two validations; 0: none")
+    watchdog: WatchdogSettings = Field(WatchdogSettings(), description="what happens when a run stands still")
 
 
 class Method(Protocol):
@@ -100,7 +102,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: after `step` finished steps, by itself or by a signal (`stopped_by`, on some rank)."""
+    """How a run ended: after `step` finished steps, by itself or by a signal (`stopped_by`, its name on every rank)."""
 
     step: int
     stopped_by: str = ""
@@ -147,8 +149,11 @@ def train(
     guard = guard or Guard(world.device)
     start = step = checkpoints.restore()
     meter = Meter(world, settings.steps, settings.max_bad, log, flops, peak)
-    with Stop() as stop, _collected():
+    dog = Watchdog(checkpoints.run, world, settings.watchdog, log.event if world.rank == 0 else print)
+    batches, checkpoints.tick = dog.over(batches), dog.tick
+    with Stop() as stop, _collected(), dog:
         for step in range(start + 1, settings.steps + 1):
+            dog.begin(step)
             torch.manual_seed(step_seed(settings.seed, step - 1, world.rank))
             schedules.apply(optimizer, step - 1)
             batch = meter.next(batches)
@@ -159,6 +164,7 @@ def train(
             losses.sum().backward()  # type: ignore[no-untyped-call]
             norms = clip_gradients(method.student, settings.clip)
             values = torch.cat([losses.detach(), torch.stack(list(norms.values()))])
+            dog.at("optimizer")
             guard.judge(values)
             guard.step(optimizer)
             method.after_step(step - 1)
@@ -166,14 +172,18 @@ def train(
             if step % settings.gc_every == 0:
                 gc.collect()
             last = step == settings.steps
+            dog.at("validation")
             seen = (
                 validate(step) if validate and settings.validate_every and step % settings.validate_every == 0 else {}
             )
+            dog.at("agreement")
             stopping = stop.agreed()
+            dog.at("log")
             if seen or last or stopping or step % settings.log_every == 0:
                 meter.report({"lr": schedules.lr(step - 1)}, len(terms), seen)
-            checkpoints.maybe_save(step, last=last or stopping)
+            dog.at("checkpoint")
+            checkpoints.maybe_save(step, last=last or bool(stopping))
             if stopping and not last:
-                log.event(f"stopped by {stop.name or 'another rank'} after step {step}; the same command continues")
-                return Ended(step, stop.name or "another rank", meter.skipped)
+                log.event(f"stopped by {stopping} after step {step}; the same command continues")
+                return Ended(step, stopping, meter.skipped)
     return Ended(step, "", meter.skipped)

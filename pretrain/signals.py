@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from launch.distributed import agree
+from launch.distributed import largest
 
 __all__ = ["Stop"]
 
@@ -15,8 +15,8 @@ __all__ = ["Stop"]
 class Stop:
     """Turns SIGTERM, SIGINT and SIGUSR2 into a wish to stop, honoured at the next step boundary by all ranks together.
 
-    A handler that saved by itself would wait for ranks that never got the signal. A second Ctrl-C stops at once,
-    unsaved.
+    A handler that saved by itself would wait for ranks that never got the signal. The first signal counts: SLURM warns
+    by SIGUSR2 and may send SIGTERM before the save has ended. A second Ctrl-C stops at once, unsaved.
     """
 
     def __init__(self) -> None:
@@ -34,10 +34,14 @@ class Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        self.name = self.name or signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self) -> bool:
-        """True on every rank once any rank was asked to stop (a collective)."""
-        return agree(bool(self.name))
+    def agreed(self) -> str:
+        """Name of the signal by which any rank was asked to stop, the same on every rank, else "" (a collective).
+
+        Every rank must know the name: the first rank puts the job back into the queue after SIGUSR2 only.
+        """
+        number = largest(signal.Signals[self.name].value if self.name else 0)
+        return signal.Signals(number).name if number else ""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from launch.run import Stopped
 from launch.settings import dump, find, load
 from pretrain import train
-from pretrain.checkpoint import newest, read_tensors
+from pretrain.checkpoint_files import newest, read_tensors
 from pretrain.export import Settings as ExportSettings
 from pretrain.export import main as export
 from pretrain.settings import Settings
