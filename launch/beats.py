@@ -70,8 +70,9 @@ def standing(beats: Sequence[Beat], silent: Collection[int] = ()) -> str:
         ranks = _ranges(sorted(beat.rank for beat in group))
         hosts = sorted({beat.host for beat in group})
         who = f"rank{'s' * (len(group) > 1)} {ranks} on {hosts[0]}" + (f" and {len(hosts) - 1} more" * (len(hosts) > 1))
-        sign = "" if heard else " (without a sign of life: stopped, killed, or its machine is gone)"
-        parts.append(f"{who} in {doing} at step {step}{sign}")
+        where = f"in {doing} at step {step}"
+        silence = "without a sign of life (stopped, killed, or the machine is gone), last seen"
+        parts.append(f"{who} {where}" if heard else f"{who} {silence} {where}")
     return "; ".join(parts)
 
 

@@ -171,10 +171,9 @@ class Checkpoints:
         if self._writing is not None and not self._writing.pending():
             self._conclude(step)
         due = last or step % self._settings.every == 0
-        if due and self._writing is not None:
-            self._wait(
-                step, f"a checkpoint is due at step {step}, that of step {self._writing.step} still being written"
-            )
+        if due and (flying := self._writing) is not None:
+            said = f"a checkpoint is due, the one of step {flying.step} still being written"
+            self._wait(step, said if flying.step != step else "")
         if step == self._saved or not due:
             return False
         self._begin(step, self._settings.background and not last)
@@ -230,13 +229,10 @@ class Checkpoints:
     def _tolerate(self, step: int, now: int, trouble: Trouble, final: bool) -> None:
         """Say that a checkpoint was not written, or raise: at once where waiting will not mend it."""
         good = f"the newest checkpoint is that of step {self._saved}" if self._saved > 0 else "there is no checkpoint"
-        what, every, limit = (
-            f"cannot write {self._path(step)}: {trouble}",
-            self._settings.every,
-            self._settings.max_failures,
-        )
+        what = f"cannot write {self._path(step)}: {trouble}"
+        every, limit = self._settings.every, self._settings.max_failures
         if not trouble.passing:
-            raise CheckpointError(f"{what}; {good}; put this right, then run the same command")
+            raise CheckpointError(f"{what}; {good}; {trouble.remedy}, then run the same command")
         remedy = f"make room in {self.folder} (checkpoint.keep is {self._settings.keep})"
         if final or self._failures >= limit:
             raise CheckpointError(f"{what} ({self._failures} in a row); {good}; {remedy}, then run the same command")

@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -58,6 +58,7 @@ class Trouble:
     host: str
     cause: str
     passing: bool
+    remedy: str = "put this right"
 
     @classmethod
     def of(cls, world: World, error: BaseException) -> Trouble:
@@ -185,7 +186,9 @@ class Writing:
             elif world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)  # the thread has a stream of its own
         except Exception as error:  # too little memory, on this rank alone; the others learn of it in `conclude`
-            self._mine = Trouble.of(world, error)
+            self._mine = replace(
+                Trouble.of(world, error), remedy="set checkpoint.background=false to do without a copy"
+            )
             return
         self._thread = threading.Thread(target=self._write, args=(plan,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -201,7 +204,7 @@ class Writing:
                 parent = self._aside.parent
                 parent.mkdir(parents=True, exist_ok=True)
                 for left in [*parent.glob(".writing_*"), *parent.glob(".deleting_*")]:
-                    shutil.rmtree(left)
+                    shutil.rmtree(left, ignore_errors=True)
                 self._aside.mkdir()
                 agreed, self._contents = self._planner.create_global_plan(plans)
                 return list(self._writer.prepare_global_plan(agreed))

@@ -170,7 +170,8 @@ class Watchdog:
 
     def _tell(self, quiet: float, limit: float, who: str, lead: bool) -> None:
         text = f"nothing has moved for {duration(quiet)}: {who}"
-        if quiet >= 2 * limit and self._settings.end:
+        # Who reports goes first: ranks in a collective fail as soon as any other is gone.
+        if self._settings.end and quiet >= 2 * limit + (0 if lead else 4 * self._interval):
             again = "the newest checkpoint stays, and the same command continues from it"
             self._end(f"{text}. The run ends; {again}", lead)
         if self._told:

@@ -34,7 +34,9 @@ def test_those_furthest_behind_come_first() -> None:
     beats = [beat(0), beat(1), beat(2, order=0, doing="data", host="n2"), beat(3)]
     assert standing(beats) == "rank 2 on n2 in data at step 5; ranks 0-1, 3 on n1 in forward and backward at step 5"
     said = standing(beats, {3})
-    assert said.startswith("rank 3 on n1 in forward and backward at step 5 (without a sign of life")
+    assert said.startswith(
+        "rank 3 on n1 without a sign of life (stopped, killed, or the machine is gone), last seen in forw"
+    )
 
 
 def test_signs_of_a_larger_start_and_half_written_ones_are_left_out(tmp_path: Path) -> None:
@@ -134,7 +136,10 @@ def test_the_rank_that_hangs_is_named_and_the_run_ends(tmp_path: Path, how: str)
     text = str(failed.value)
     assert f"ended with code {EXIT_CODE}" in text
     log = (tmp_path / "log.txt").read_text()
-    who = {"asleep": "rank 1 on .* in data at step 4", "stopped": "rank 1 on .* in optimizer at step 4 .without a sign"}
+    who = {
+        "asleep": "rank 1 on .* in data at step 4",
+        "stopped": r"rank 1 on \S+ without a sign of life .* last seen in",
+    }
     (warning,) = [line for line in log.splitlines() if "warning: nothing has moved" in line]
     (error,) = [line for line in log.splitlines() if "error: nothing has moved" in line]
     for line in (warning, error):
@@ -165,6 +170,7 @@ def test_status_tells_of_a_run_that_stands_still(tmp_path: Path) -> None:
     assert "step 11/50" in text
     assert "2 steps skipped" in text
     assert "last checkpoint: step 10, 60m ago" in text
-    assert "nothing has moved for 7m: rank 1 on n1 in data at step 5 (without a sign of life" in text
+    assert "nothing has moved for 7m: rank 1 on n1 without a sign of life" in text
+    assert "last seen in data at step 5; rank 0 on n1 in forward and backward at step 5" in text
     write_beat(tmp_path, beat(1, size=2, at=now - 1, idle_s=3.0))
     assert "nothing has moved" not in told(status_of(tmp_path))
