@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["DeviceError", "World", "agree", "barrier", "rank_zero", "world"]
+__all__ = ["DeviceError", "World", "agree", "barrier", "largest", "rank_zero", "world"]
 
 
 class DeviceError(ValueError):
@@ -87,11 +87,16 @@ def rank_zero() -> bool:
 
 def agree(flag: bool) -> bool:
     """Does any rank say true? Every rank must call it. Goes over the CPU, so a busy GPU is not waited for."""
+    return bool(largest(int(flag)))
+
+
+def largest(number: int) -> int:
+    """The largest number of all ranks. Every rank must call it; it goes over the CPU."""
     if not (dist.is_available() and dist.is_initialized()):
-        return flag
-    votes = torch.tensor([int(flag)], dtype=torch.int32)
+        return number
+    votes = torch.tensor([number], dtype=torch.int32)
     dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return int(votes.item())
 
 
 def barrier() -> None:

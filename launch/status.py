@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,11 +14,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from launch.beats import Beat, read_beats, standing
 from launch.progress import duration, rate
 from launch.run import Outcome, RunError, alive, read_json, submitted
 from launch.settings import Settings as Base
 
 __all__ = ["Settings", "Status", "main", "runs_beneath", "status_of"]
+
+QUIET_S = 120.0  # a process gives a sign every 15 s; few steps take longer than this
 
 State = Literal["queued", "running", "stopped", "done", "failed"]
 
@@ -39,6 +44,8 @@ class Status:
     when: datetime
     metrics: dict[str, Any]
     error: str
+    checkpoint: tuple[int, datetime] | None = None  # step of the newest and when it was written
+    beats: tuple[Beat, ...] = ()  # signs of life of its processes, while it runs
 
 
 def main(settings: Settings) -> Outcome:
@@ -104,15 +111,16 @@ def status_of(folder: Path) -> Status:
         when=max(datetime.fromisoformat(time) for time in times),
         metrics=metrics,
         error=str((outcome or {}).get("error", "")).strip(),
+        checkpoint=_last_checkpoint(folder),
+        beats=tuple(read_beats(folder)) if state == "running" else (),
     )
 
 
 def told(status: Status) -> str:
     """``runs/a  pretrain  running  40s ago``, then the last step and the last error, each on a line of its own."""
-    age = (datetime.now().astimezone() - status.when).total_seconds()
     lines = [
         "  ".join(
-            filter(None, [str(status.folder), status.verb, status.state, f"{duration(max(age, 0))} ago", status.where])
+            filter(None, [str(status.folder), status.verb, status.state, f"{_ago(status.when)} ago", status.where])
         )
     ]
     row = status.metrics
@@ -123,10 +131,38 @@ def told(status: Status) -> str:
         parts += (
             [f"{duration(row['seconds_left'])} left"] if row.get("seconds_left") and status.state == "running" else []
         )
+        parts += [f"{row['skipped']:.0f} steps skipped"] if row.get("skipped") else []
         lines.append("  " + "  ".join(parts))
+    if status.checkpoint is not None:
+        step, written = status.checkpoint
+        lines.append(f"  last checkpoint: step {step}, {_ago(written)} ago")
+    if still := _still(status.beats):
+        lines.append(f"  {still}")
     if status.error:
         lines += [f"  {line}" for line in status.error.splitlines()[:4]]
     return "\n".join(lines)
+
+
+def _ago(when: datetime) -> str:
+    return duration(max((datetime.now().astimezone() - when).total_seconds(), 0))
+
+
+def _still(beats: tuple[Beat, ...]) -> str:
+    """Which process stands where when none has got on for a while, else ""; by the machines' clocks."""
+    now = time.time()
+    silent = {beat.rank for beat in beats if now - beat.at > QUIET_S}
+    quiet = min((beat.idle_s + max(now - beat.at, 0) for beat in beats), default=0.0)
+    return f"nothing has moved for {duration(quiet)}: {standing(beats, silent)}" if quiet > QUIET_S else ""
+
+
+def _last_checkpoint(folder: Path) -> tuple[int, datetime] | None:
+    """A checkpoint gets its name when it is whole; its progress.json is the last thing written into it."""
+    for path in sorted((folder / "checkpoints").glob("step_*/progress.json"), reverse=True):
+        number = path.parent.name.removeprefix("step_")
+        with suppress(FileNotFoundError):  # just being deleted
+            if number.isdecimal():
+                return int(number), datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+    return None
 
 
 def _last_row(path: Path) -> dict[str, Any]:

@@ -1,45 +1,32 @@
-"""Checkpoints: written aside, renamed when whole, kept by rule, restored at any world size.
+"""Checkpoints: written aside in the background, renamed when whole, kept by rule, restored at any world size.
 
 A checkpoint is `RUN/checkpoints/step_00000200/`: what torch.distributed.checkpoint wrote, and `progress.json`. It
 holds the tensors of `method.state()`, the optimizer's state by parameter name (one format whether the parameters are
 sharded or not) and the number of finished steps. It holds no random state: every step seeds itself.
-
-    CheckpointError(ValueError)    nothing to restore, other settings, a damaged folder, a disk that refuses
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from launch.distributed import World, barrier
+from launch.distributed import World
 from launch.settings import Settings
+from pretrain.checkpoint_files import CheckpointError, Progress, metadata, newest, reading, steps_of, sync
+from pretrain.checkpoint_writer import HostCopy, Trouble, Writing, through_lead
 
-__all__ = ["CheckpointError", "CheckpointSettings", "Checkpoints", "Progress", "complete", "newest", "read_tensors"]
-
-_NAME = re.compile(r"step_(\d{8})")
-_PROGRESS = "progress.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written, found or used; the text says which, why and what to do."""
+__all__ = ["CheckpointSettings", "Checkpoints", "checkpoint_bytes"]
 
 
 class CheckpointSettings(Settings):
@@ -48,6 +35,12 @@ class CheckpointSettings(Settings):
     every: int = Field(1000, ge=1, description="steps between two checkpoints; the last step is always saved")
     keep: int = Field(3, ge=1, description="newest checkpoints to keep")
     keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this step are kept for good; 0: none are")
+    background: bool = Field(
+        True, description="write while training goes on, from a copy in host memory (--dry-run says how large)"
+    )
+    max_failures: int = Field(
+        3, ge=1, description="checkpoints in a row that a full or faltering disk may refuse before the run stops"
+    )
 
 
 class _Trained(Protocol):
@@ -59,93 +52,15 @@ class _Trained(Protocol):
     def state(self) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True)
-class Progress:
-    """`progress.json`: where the run stood, and what is needed to read the weights without its settings."""
+def checkpoint_bytes(method: _Trained) -> int:
+    """Bytes of a checkpoint of all ranks together with AdamW's two averages; networks may be on the meta device."""
 
-    step: int
-    samples: int
-    fingerprint: str
-    ranks: int
-    about: Mapping[str, Any]
+    def of(part: Any) -> int:
+        if isinstance(part, Mapping):
+            return sum(of(one) for one in part.values())
+        return int(part.nbytes) if isinstance(part, Tensor) else 0
 
-    @classmethod
-    def read(cls, folder: Path) -> Progress:
-        """Read the progress of one checkpoint folder; CheckpointError when it is damaged."""
-        try:
-            return cls(**json.loads((folder / _PROGRESS).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{folder}/{_PROGRESS} cannot be read ({error}); use another checkpoint") from error
-
-
-def _metadata(folder: Path) -> Metadata:
-    return FileSystemReader(folder).read_metadata()
-
-
-def complete(folder: Path) -> str:
-    """Return "" when every byte that the checkpoint's table of contents names is there, else what is missing."""
-    if not (folder / _PROGRESS).is_file():
-        return f"no {_PROGRESS}"
-    try:
-        contents = _metadata(folder)
-        ends: dict[str, int] = {}
-        for part in (contents.storage_data or {}).values():
-            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
-        for name, end in ends.items():
-            size = (folder / name).stat().st_size
-            if size < end:
-                return f"{name} has {size} of {end} bytes"
-    except FileNotFoundError as error:
-        return f"no {Path(error.filename or '.metadata').name}"
-    except Exception as error:  # a torn pickle raises anything; whatever it is, the folder is not complete
-        return f"unreadable table of contents ({type(error).__name__}: {error})"
-    return ""
-
-
-def newest(run: Path, step: int | None = None, say: Callable[[str], None] = print) -> Path | None:
-    """Find the newest complete checkpoint of a run folder, or that of one step; names the incomplete ones it passes."""
-    parent = run / "checkpoints"
-    found = {int(m[1]): path for path in parent.glob("step_*") if (m := _NAME.fullmatch(path.name))}
-    if step is not None and step not in found:
-        raise CheckpointError(f"{parent} holds no checkpoint of step {step}; it holds {sorted(found) or 'none'}")
-    for number in [step] if step is not None else sorted(found, reverse=True):
-        if not (missing := complete(found[number])):
-            return found[number]
-        say(f"checkpoint {found[number]} is incomplete ({missing}) and is passed over; it may be deleted")
-        if step is not None:
-            raise CheckpointError(f"{found[step]} is incomplete: {missing}; choose another step of {sorted(found)}")
-    return None
-
-
-@contextmanager
-def _io(what: str) -> Iterator[None]:
-    """Turn what torch.distributed.checkpoint raises (a BaseException holding every rank's error) into one sentence."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{what}: {error}; make room or choose another folder, then run the same command"
-        ) from error
-
-
-def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors below `prefix` ("method.teacher."), whole, on the CPU, named without the prefix."""
-    if reason := complete(folder):
-        raise CheckpointError(f"{folder} is not a complete checkpoint: {reason}")
-    contents = _metadata(folder).state_dict_metadata
-    wanted: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in contents.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    with _io(f"cannot read {folder}"):
-        load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
+    return of(method.state()) + 2 * sum(p.nbytes for p in method.student.parameters() if p.requires_grad)
 
 
 def _optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -175,18 +90,15 @@ def _make_optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer, 
         optimizer.state[parameter][key] = empty.detach() if whole or not fused else empty.to(parameter.device)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Checkpoints:
     """The checkpoints of one run: `restore()` once, then `maybe_save(step)` after every step.
 
     `step` is always the number of finished steps. Every rank must make the same calls in the same order.
+
+    With `settings.background` a save at a step boundary only copies the tensors into host memory: as many bytes on
+    each rank as it writes, allocated at the first save and kept. A thread writes them; the folder gets its name at the
+    first later step boundary at which every rank's bytes are on the disk. One save is in flight at a time. A disk that
+    is full or falters is said, and tried again at the next due step; other errors stop the run at the next boundary.
     """
 
     def __init__(
@@ -204,9 +116,14 @@ class Checkpoints:
     ) -> None:
         """`about` (JSON values) is kept beside the weights; another `fingerprint` is refused at `restore`."""
         self.run, self.folder = folder, folder / "checkpoints"
+        self.tick: Callable[[], None] = lambda: None  # called while a save is waited for, as long as it moves
         self._method, self._optimizer, self._world, self._settings = method, optimizer, world, settings
         self._samples, self._fingerprint, self._about = samples_per_step, fingerprint, dict(about or {})
         self._say = say if world.rank == 0 else lambda text: None
+        self._copy = HostCopy()
+        self._writing: Writing | None = None
+        self._clearing: threading.Thread | None = None
+        self._failures = 0
         self._saved = -1
         self._restored: int | None = None
 
@@ -223,8 +140,8 @@ class Checkpoints:
         return self._restored
 
     def _restore(self) -> int:
-        barrier()
-        found = newest(self.run, say=self._say)
+        # Rank 0 looks for all: a network's file system may show each of them another list.
+        found = through_lead(self._world, None, lambda ranks: [newest(self.run, say=self._say)] * len(ranks))
         if found is None:
             return 0
         progress = Progress.read(found)
@@ -234,8 +151,8 @@ class Checkpoints:
                 f"give this run another folder, or delete {self.folder} to start afresh"
             )
         self._optimizer.state.clear()
-        _make_optimizer_state(self._method.student, self._optimizer, _metadata(found))
-        with _io(f"cannot restore {found}"):
+        _make_optimizer_state(self._method.student, self._optimizer, metadata(found))
+        with reading(f"cannot restore {found}"):
             load(self._state(), storage_reader=FileSystemReader(found), no_dist=self._world.size == 1)
         other = (
             f" (saved by {progress.ranks} ranks, now {self._world.size})" if progress.ranks != self._world.size else ""
@@ -247,46 +164,102 @@ class Checkpoints:
         return progress.step
 
     def maybe_save(self, step: int, last: bool = False) -> bool:
-        """Save after `step` finished steps when it is time, or in any case with `last`; True when it did."""
-        if step == self._saved or not (last or step % self._settings.every == 0):
+        """Save after `step` finished steps when it is time, or in any case with `last`; True when it did or began to.
+
+        With `last` the checkpoint is on the disk on return, or CheckpointError is raised.
+        """
+        if self._writing is not None and not self._writing.pending():
+            self._conclude(step)
+        due = last or step % self._settings.every == 0
+        if due and (flying := self._writing) is not None:
+            said = f"a checkpoint is due, the one of step {flying.step} still being written"
+            self._wait(step, said if flying.step != step else "")
+        if step == self._saved or not due:
             return False
-        self.save(step)
+        self._begin(step, self._settings.background and not last)
+        if last or not self._settings.background:
+            self._wait(step, final=last)
         return True
 
     def save(self, step: int) -> Path:
         """Write `step_<step>` aside, rename it when every byte is on the disk, then delete what no rule keeps."""
-        final = self.folder / f"step_{step:08d}"
-        aside = self.folder / f".writing_{final.name}"
-        lead = self._world.rank == 0
-        with _io(f"cannot write {final}"):
-            if lead:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for left in [*self.folder.glob(".writing_*"), *self.folder.glob(".deleting_*")]:
-                    shutil.rmtree(left)
-                aside.mkdir()
-            barrier()
-            writer = FileSystemWriter(aside, sync_files=True)
-            save(self._state(), storage_writer=writer, no_dist=self._world.size == 1)
-            if lead:
-                self._finish(step, aside, final)
-            barrier()
-        self._saved = step
-        return final
+        self.wait()
+        self._begin(step, background=False)
+        self._wait(step, final=True)
+        return self._path(step)
 
-    def _finish(self, step: int, aside: Path, final: Path) -> None:
-        progress = Progress(step, step * self._samples, self._fingerprint, self._world.size, self._about)
-        (aside / _PROGRESS).write_text(json.dumps(vars(progress), indent=1, sort_keys=True))
-        _sync(aside / _PROGRESS)
-        _sync(aside)
+    def wait(self) -> None:
+        """Wait for the checkpoint in flight, if there is one, and for the deletion of older ones."""
+        if self._writing is not None:
+            self._wait(self._writing.step)
+        if self._clearing is not None:
+            self._clearing.join()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def _begin(self, step: int, background: bool) -> None:
+        if self._clearing is not None:
+            self._clearing.join()
+        aside = self.folder / f".writing_{self._path(step).name}"
+        self._writing = Writing(step, aside, self._state(), self._world, self._copy if background else None)
+
+    def _wait(self, step: int, why: str = "", final: bool = False) -> None:
+        """Wait until every rank has written and conclude; `why` is said with how long it took."""
+        assert self._writing is not None, "nothing is being written"
+        start = time.monotonic()
+        self._writing.wait(self.tick)
+        while self._writing.pending():  # on another rank
+            time.sleep(0.05)
+        if why:
+            self._say(f"{why}: waited {time.monotonic() - start:.1f} s (checkpoint.every is short for this disk)")
+        self._conclude(step, final)
+
+    def _conclude(self, now: int, final: bool = False) -> None:
+        """Finish the save in flight at the boundary after step `now`; every rank raises alike."""
+        assert self._writing is not None, "nothing is being written"
+        step, writing, self._writing = self._writing.step, self._writing, None
+        trouble = writing.conclude(lambda aside: self._publish(step, aside))
+        if trouble is None:
+            self._saved, self._failures = step, 0
+            return
+        self._failures += 1
+        self._tolerate(step, now, trouble, final)
+
+    def _tolerate(self, step: int, now: int, trouble: Trouble, final: bool) -> None:
+        """Say that a checkpoint was not written, or raise: at once where waiting will not mend it."""
+        good = f"the newest checkpoint is that of step {self._saved}" if self._saved > 0 else "there is no checkpoint"
+        what = f"cannot write {self._path(step)}: {trouble}"
+        every, limit = self._settings.every, self._settings.max_failures
+        if not trouble.passing:
+            raise CheckpointError(f"{what}; {good}; {trouble.remedy}, then run the same command")
+        remedy = f"make room in {self.folder} (checkpoint.keep is {self._settings.keep})"
+        if final or self._failures >= limit:
+            raise CheckpointError(f"{what} ({self._failures} in a row); {good}; {remedy}, then run the same command")
+        self._say(
+            f"warning: {what}; {good}; training goes on and tries again at step {(now // every + 1) * every} "
+            f"(failure {self._failures} of {limit} in a row, then it stops); {remedy}"
+        )
+
+    def _publish(self, step: int, aside: Path) -> None:
+        """Give the whole checkpoint its name (on rank 0), then delete what no rule keeps while training goes on."""
+        Progress(step, step * self._samples, self._fingerprint, self._world.size, self._about).write(aside)
+        final = self._path(step)
         if final.exists():  # only an incomplete one can be here: a complete one would have been restored
             shutil.rmtree(final)
         aside.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         self._say(f"checkpoint {final.name} written")
-        steps = sorted((int(m[1]), path) for path in self.folder.iterdir() if (m := _NAME.fullmatch(path.name)))
         # A later one is damaged, or it would have been restored: it must not count in place of the one just written.
-        steps = [(number, path) for number, path in steps if number <= step]
-        for number, path in steps[: -self._settings.keep]:
-            if not (self._settings.keep_every and number % self._settings.keep_every == 0):
-                doomed = path.rename(self.folder / f".deleting_{path.name}")
-                shutil.rmtree(doomed)
+        steps = [(number, path) for number, path in steps_of(self.folder).items() if number <= step]
+        kept = self._settings.keep_every
+        doomed = [path for number, path in steps[: -self._settings.keep] if not (kept and number % kept == 0)]
+        self._clearing = threading.Thread(target=self._clear, args=(doomed,), name="old checkpoints")
+        self._clearing.start()
+
+    def _clear(self, doomed: list[Path]) -> None:
+        for path in doomed:
+            try:
+                shutil.rmtree(path.rename(self.folder / f".deleting_{path.name}"))
+            except OSError as error:
+                self._say(f"warning: cannot delete {path}: {error}; delete it by hand")

@@ -2,21 +2,15 @@
 
 The loop asks no method its kind, reads the device once every `log_every` steps and keeps no random state: step s of
 rank r draws from a seed made of (seed, s, r), so a run continued after a kill makes the same steps bit for bit.
-
-    LoopError(ValueError)    a run that cannot go on: too many steps in a row whose loss or gradient is not finite
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,19 +18,18 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from launch.distributed import World, agree
+from launch.distributed import World
 from launch.log import Log
 from launch.settings import Settings
 from pretrain.checkpoint import Checkpoints
+from pretrain.meter import Meter
 from pretrain.optim import clip_gradients
 from pretrain.parallel import reduce_gradients
 from pretrain.schedule import Schedules
+from pretrain.signals import Stop
+from pretrain.watchdog import Watchdog, WatchdogSettings
 
-__all__ = ["Ended", "Guard", "LoopError", "LoopSettings", "Method", "Stop", "step_seed", "train"]
-
-
-class LoopError(ValueError):
-    """The run cannot go on; the text names step, rank, term and samples."""
+__all__ = ["Ended", "Guard", "LoopSettings", "Method", "step_seed", "train"]
 
 
 class LoopSettings(Settings):
@@ -55,11 +48,7 @@ class LoopSettings(Settings):
     gc_every: int = Field(150, ge=1, description="steps between two garbage collections, the same on all ranks")
     max_bad: int = Field(5, ge=1, description="steps in a row that may be skipped because something was not finite")
     validate_every: int = Field(0, ge=0, description="steps between two validations; 0: none")
-
-
-class _Batch(Protocol):
-    @property
-    def keys(self) -> Sequence[str]: ...
+    watchdog: WatchdogSettings = Field(WatchdogSettings(), description="what happens when a run stands still")
 
 
 class Method(Protocol):
@@ -117,40 +106,9 @@ class Guard:
             optimizer.step()
 
 
-class Stop:
-    """Turns SIGTERM, SIGINT and SIGUSR2 into a wish to stop, honoured at the next step boundary by all ranks together.
-
-    A handler that saved by itself would wait for ranks that never got the signal. A second Ctrl-C stops at once,
-    unsaved.
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-                self._old[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def agreed(self) -> bool:
-        """True on every rank once any rank was asked to stop (a collective)."""
-        return agree(bool(self.name))
-
-
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: after `step` finished steps, by itself or by a signal (`stopped_by`, on some rank)."""
+    """How a run ended: after `step` finished steps, by itself or by a signal (`stopped_by`, its name on every rank)."""
 
     step: int
     stopped_by: str = ""
@@ -173,100 +131,6 @@ def _collected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-@dataclass
-class _Meter:
-    """The steps since the last line: their numbers stay on the device until `report` reads them all at once."""
-
-    world: World
-    settings: LoopSettings
-    log: Log
-    flops: float  # of one step on this rank; 0: unknown
-    peak: float  # the device's FLOP/s; 0: unknown
-    names: tuple[str, ...] = ()
-    rows: list[tuple[int, Sequence[str], Tensor]] = field(default_factory=list)
-    streak: list[str] = field(default_factory=list)
-    skipped: int = 0
-    waited: float = 0.0
-    since: float = field(default_factory=time.perf_counter)
-
-    def next(self, batches: Iterator[_Batch]) -> _Batch:
-        start = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - start
-        return batch
-
-    def add(self, step: int, keys: Sequence[str], names: tuple[str, ...], values: Tensor, keep: Tensor) -> None:
-        assert not self.rows or names == self.names, f"terms changed within {self.settings.log_every} steps: {names}"
-        self.names = names
-        self.rows.append((step, keys, torch.cat([values, keep[None]])))
-
-    def report(self, rates: Mapping[str, float], terms: int, extra: Mapping[str, float]) -> None:
-        """Read the device (the one synchronisation), write the line; LoopError after too many bad steps in a row.
-
-        The first `terms` names are the loss's, the rest gradient norms; means are over ranks and the steps kept.
-        """
-        step = self.rows[-1][0] + 1
-        matrix = torch.stack([row for _, _, row in self.rows]).double().cpu()  # [steps, names + keep]
-        kept = matrix[:, -1] > 0
-        mean = matrix[kept].mean(0) if kept.any() else torch.full_like(matrix[0], float("nan"))
-        if self.world.size > 1:
-            dist.all_reduce(mean)
-            mean /= self.world.size
-        elapsed = max(time.perf_counter() - self.since, 1e-9)
-        by_name = dict(zip(self.names, mean.tolist(), strict=False))
-        losses = dict(list(by_name.items())[:terms])
-        norms = dict(list(by_name.items())[terms:])
-        values = {
-            "loss": sum(losses.values()),
-            "grad": sum(n * n for n in norms.values()) ** 0.5,
-            **rates,
-            **extra,
-        }
-        if self.skipped or not kept.all():
-            values["skipped"] = float(self.skipped + int((~kept).sum()))
-        cuda = self.world.device.type == "cuda"
-        self.log.step(
-            step,
-            self.settings.steps,
-            values,
-            terms=losses,
-            slices_per_step=len(self.rows[-1][1]) * self.world.size,
-            wait=min(self.waited / elapsed, 1.0),
-            memory_gib=torch.cuda.max_memory_allocated(self.world.device) / 2**30 if cuda else None,
-            mfu=self.flops * len(self.rows) / elapsed / self.peak if self.flops and self.peak else None,
-        )
-        self._judge(matrix, kept)
-        self.rows, self.waited, self.since = [], 0.0, time.perf_counter()
-
-    def _judge(self, matrix: Tensor, kept: Tensor) -> None:
-        """Name what was not finite, on every rank alike; stop after too many in a row."""
-        mine: list[str] = []
-        for (step, keys, _), row, good in zip(self.rows, matrix, kept.tolist(), strict=True):
-            bad = [name for name, value in zip(self.names, row.tolist(), strict=False) if not abs(value) < float("inf")]
-            where = f"step {step}, rank {self.world.rank}: {', '.join(bad)} not finite; samples {', '.join(keys)}"
-            mine.append("" if good else where if bad else "-")
-        if kept.all():
-            self.streak = []
-            return
-        everyone: list[list[str]] = [mine]
-        if self.world.size > 1:
-            everyone = [[] for _ in range(self.world.size)]
-            dist.all_gather_object(everyone, mine)
-        for lines, good in zip(zip(*everyone, strict=True), kept.tolist(), strict=True):
-            if good:
-                self.streak = []
-                continue
-            self.skipped += 1
-            self.streak += [said := "; ".join(line for line in lines if line != "-")]
-            self.log.event(f"skipped: {said}")
-            if len(self.streak) >= self.settings.max_bad:
-                raise LoopError(
-                    f"{len(self.streak)} steps in a row were not finite and changed nothing; first: {self.streak[0]}."
-                    " Look at these samples, lower the learning rate or use precision=fp32, and run the command again:"
-                    " the newest checkpoint holds finite weights"
-                )
 
 
 def _differentiate(
@@ -316,15 +180,19 @@ def train(
     """
     guard = guard or Guard(world.device)
     start = step = checkpoints.restore()
-    meter = _Meter(world, settings, log, flops, peak)
-    with Stop() as stop, _collected():
+    meter = Meter(world, settings.steps, settings.max_bad, log, flops, peak)
+    dog = Watchdog(checkpoints.run, world, settings.watchdog, log.event if world.rank == 0 else print)
+    batches, checkpoints.tick = dog.over(batches), dog.tick
+    with Stop() as stop, _collected(), dog:
         for step in range(start + 1, settings.steps + 1):
+            dog.begin(step)
             schedules.apply(optimizer, step - 1)
             batch = meter.next(batches)
             optimizer.zero_grad(set_to_none=True)
             terms, losses = _differentiate(method, batch, step - 1, world, settings)
             norms = clip_gradients(method.student, settings.clip)
             values = torch.cat([losses, torch.stack(list(norms.values()))])
+            dog.at("optimizer")
             guard.judge(values)
             guard.step(optimizer)
             method.after_step(step - 1)
@@ -332,14 +200,18 @@ def train(
             if step % settings.gc_every == 0:
                 gc.collect()
             last = step == settings.steps
+            dog.at("validation")
             seen = (
                 validate(step) if validate and settings.validate_every and step % settings.validate_every == 0 else {}
             )
+            dog.at("agreement")
             stopping = stop.agreed()
+            dog.at("log")
             if seen or last or stopping or step % settings.log_every == 0:
                 meter.report({"lr": schedules.lr(step - 1)}, len(terms), seen)
-            checkpoints.maybe_save(step, last=last or stopping)
+            dog.at("checkpoint")
+            checkpoints.maybe_save(step, last=last or bool(stopping))
             if stopping and not last:
-                log.event(f"stopped by {stop.name or 'another rank'} after step {step}; the same command continues")
-                return Ended(step, stop.name or "another rank", meter.skipped)
+                log.event(f"stopped by {stopping} after step {step}; the same command continues")
+                return Ended(step, stopping, meter.skipped)
     return Ended(step, "", meter.skipped)

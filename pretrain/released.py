@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.checkpoint import Progress, complete, newest, read_tensors
+from pretrain.checkpoint_files import Progress, complete, newest, read_tensors
 from pretrain.data.window import HuWindow
 from pretrain.models.layers import k_mask
 from pretrain.models.rope import Rope, RopeSettings

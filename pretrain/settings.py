@@ -14,6 +14,7 @@ from pretrain.methods import Source
 from pretrain.models.vit import VitSettings
 from pretrain.optim import OptimSettings
 from pretrain.parallel import ParallelSettings
+from pretrain.watchdog import WatchdogSettings
 
 __all__ = ["LogSettings", "Settings"]
 
@@ -60,6 +61,7 @@ class Settings(launch.settings.Settings):
         description="parts in which a rank takes its share of data.batch_size, one after the other: less memory, the "
         "same images a step (see method.statistics)",
     )
+    watchdog: WatchdogSettings = Field(WatchdogSettings(), description="what happens when a run stands still")
     clip: float | None = Field(
         3.0, gt=0, description="largest gradient norm, of backbone and each head on its own; null: no clipping"
     )
@@ -90,4 +92,5 @@ class Settings(launch.settings.Settings):
             log_every=self.log.every,
             gc_every=self.gc_every,
             max_bad=self.max_bad,
+            watchdog=self.watchdog,
         )

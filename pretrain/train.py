@@ -18,7 +18,8 @@ from launch.run import Outcome, Stopped
 from pretrain.checkpoint import Checkpoints
 from pretrain.data.stream import batches, check
 from pretrain.flops import flops_per_step, peak_flops
-from pretrain.loop import Guard, LoopError, train
+from pretrain.loop import Guard, train
+from pretrain.meter import LoopError
 from pretrain.methods import Trainable, build_method
 from pretrain.optim import build_optimizer
 from pretrain.parallel import compile_blocks, fill, make_mesh, place, recompute_blocks, shard

@@ -11,15 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from launch.distributed import World, world
-from pretrain.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    CheckpointSettings,
-    Progress,
-    complete,
-    newest,
-    read_tensors,
-)
+from pretrain.checkpoint import Checkpoints, CheckpointSettings
+from pretrain.checkpoint_files import CheckpointError, Progress, complete, newest, read_tensors
 from pretrain.parallel import ParallelSettings, fill, place, shard
 from tests.gloo import run_ranks
 
@@ -118,9 +111,11 @@ def test_a_later_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Pa
     checkpoints = keep(tmp_path, again, every=1, keep=1)
     assert checkpoints.restore() == 2
     assert checkpoints.maybe_save(3)
+    checkpoints.wait()
     assert newest(tmp_path, say=lambda text: None) == tmp_path / "checkpoints" / "step_00000003"
     assert names(tmp_path) == ["step_00000003", "step_00000004"]
     assert checkpoints.maybe_save(4)
+    checkpoints.wait()
     assert names(tmp_path) == ["step_00000004"], "the damaged one is replaced in its turn"
     assert not complete(tmp_path / "checkpoints" / "step_00000004")
 

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from launch.run import Stopped
 from launch.settings import dump, find, load
 from pretrain import flops, train
-from pretrain.checkpoint import newest, read_tensors
+from pretrain.checkpoint_files import newest, read_tensors
 from pretrain.export import Settings as ExportSettings
 from pretrain.export import main as export
-from pretrain.loop import LoopError
+from pretrain.meter import LoopError
 from pretrain.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
