@@ -6,7 +6,7 @@ Batch `step` is a function of (seed, step) alone, whatever the number of ranks, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,13 @@ class Patches:
     labels: Tensor  # [B, P, P] int64, class indices
     keys: tuple[str, ...]  # case and slice of each
 
+    def parts(self, count: int) -> list[Patches]:
+        """In `count` parts of equally many patches."""
+        assert len(self.keys) % count == 0, (len(self.keys), count)
+        each = len(self.keys) // count
+        cuts = [slice(i, i + each) for i in range(0, len(self.keys), each)]
+        return [Patches(self.images[cut], self.labels[cut], self.keys[cut]) for cut in cuts]
+
 
 class Segmentation:
     """Backbone and decoder under nnU-Net's loss: Dice over the whole batch without background, plus cross entropy."""
@@ -62,6 +69,10 @@ class Segmentation:
             include_background=False, softmax=True, to_onehot_y=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5
         )
         self._entropy = nn.CrossEntropyLoss()
+
+    def parts(self, batch: Patches, step: int, count: int, seed: Callable[[int], None]) -> Sequence[Patches]:
+        """Dice is then that of each part."""
+        return batch.parts(count)
 
     def loss(self, batch: Patches, step: int) -> dict[str, Tensor]:
         """Both terms with weight 1, in fp32."""

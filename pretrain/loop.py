@@ -29,6 +29,7 @@ from launch.log import Log
 from launch.settings import Settings
 from pretrain.checkpoint import Checkpoints
 from pretrain.optim import clip_gradients
+from pretrain.parallel import reduce_gradients
 from pretrain.schedule import Schedules
 
 __all__ = ["Ended", "Guard", "LoopError", "LoopSettings", "Method", "Stop", "step_seed", "train"]
@@ -46,6 +47,7 @@ class LoopSettings(Settings):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: matrix products in bfloat16 by autocast; weights stay fp32"
     )
+    accumulate: int = Field(1, ge=1, description="parts in which a rank takes its batch, one after the other")
     clip: float | None = Field(
         3.0, gt=0, description="largest gradient norm, for each part of the student on its own; null: no clipping"
     )
@@ -66,6 +68,10 @@ class Method(Protocol):
     @property
     def student(self) -> nn.Module:
         """What the optimizer trains; gradients are clipped for each of its children on its own."""
+        ...
+
+    def parts(self, batch: Any, step: int, count: int, seed: Callable[[int], None]) -> Sequence[Any]:
+        """Cut a batch into `count` equal parts; `seed(i)` makes random draws those of part i."""
         ...
 
     def loss(self, batch: Any, step: int) -> dict[str, Tensor]:
@@ -151,9 +157,10 @@ class Ended:
     skipped: int = 0
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Mix (seed, step, rank) into 63 bits, so that neighbouring steps and ranks draw independently."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest(), "big") >> 1
+def step_seed(seed: int, step: int, rank: int, part: int = 0) -> int:
+    """Mix (seed, step, rank, part of the batch) into 63 bits, so that neighbours draw independently."""
+    text = f"{seed}/{step}/{rank}/{part}" if part else f"{seed}/{step}/{rank}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @contextmanager
@@ -263,6 +270,31 @@ class _Meter:
                 )
 
 
+def _differentiate(
+    method: Method, batch: Any, step: int, world: World, settings: LoopSettings
+) -> tuple[tuple[str, ...], Tensor]:
+    """Leave the gradients of the mean over the parts of a batch; the terms' names and their means, [terms] fp32."""
+
+    def seed(part: int) -> None:
+        torch.manual_seed(step_seed(settings.seed, step, world.rank, part))
+
+    names: tuple[str, ...] = ()
+    means: list[Tensor] = []
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        parts = method.parts(batch, step, settings.accumulate, seed)
+    for number, part in enumerate(parts):
+        seed(number)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            terms = method.loss(part, step)
+        names = tuple(terms)
+        losses = torch.stack([term.float() for term in terms.values()]) / len(parts)
+        if len(parts) > 1:
+            reduce_gradients(method.student, number == len(parts) - 1)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        means.append(losses.detach())
+    return names, torch.stack(means).sum(0)
+
+
 def train(
     method: Method,
     batches: Iterator[Any],
@@ -288,16 +320,12 @@ def train(
     meter = _Meter(world, settings, log, flops, peak)
     with Stop() as stop, _collected():
         for step in range(start + 1, settings.steps + 1):
-            torch.manual_seed(step_seed(settings.seed, step - 1, world.rank))
             schedules.apply(optimizer, step - 1)
             batch = meter.next(batches)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                terms = method.loss(batch, step - 1)
-            losses = torch.stack([term.float() for term in terms.values()])
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            terms, losses = _differentiate(method, batch, step - 1, world, settings)
             norms = clip_gradients(method.student, settings.clip)
-            values = torch.cat([losses.detach(), torch.stack(list(norms.values()))])
+            values = torch.cat([losses, torch.stack(list(norms.values()))])
             guard.judge(values)
             guard.step(optimizer)
             method.after_step(step - 1)

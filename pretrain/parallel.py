@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +31,7 @@ __all__ = [
     "make_mesh",
     "place",
     "recompute_blocks",
+    "reduce_gradients",
     "shard",
 ]
 
@@ -96,6 +97,16 @@ def shard(
         for block in _blocks(part):
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+
+
+def reduce_gradients(student: nn.Module, now: bool) -> None:
+    """Whether the coming backward pass adds the gradients of copies on other ranks, or leaves that to a later one.
+
+    Shards of one copy are always added up, since whole gradients are what sharding is to avoid. Unsharded: nothing.
+    """
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(now, recurse=False)
 
 
 def initialised(part: nn.Module, seed: int) -> dict[str, Tensor]:

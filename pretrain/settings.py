@@ -54,6 +54,12 @@ class Settings(launch.settings.Settings):
     parallel: ParallelSettings = Field(ParallelSettings(), description="sharding, compilation, recomputation")
     checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="when checkpoints are written and kept")
     log: LogSettings = Field(LogSettings(), description="lines, metrics.jsonl, TensorBoard")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts in which a rank takes its share of data.batch_size, one after the other: less memory, the "
+        "same images a step (see method.statistics)",
+    )
     clip: float | None = Field(
         3.0, gt=0, description="largest gradient norm, of backbone and each head on its own; null: no clipping"
     )
@@ -79,6 +85,7 @@ class Settings(launch.settings.Settings):
             steps=self.steps,
             seed=self.seed,
             precision=self.precision,
+            accumulate=self.accumulate,
             clip=self.clip,
             log_every=self.log.every,
             gc_every=self.gc_every,

@@ -24,7 +24,7 @@ from pretrain.data.batch import Batch
 from pretrain.data.crops import CropShape
 from pretrain.data.masks import target_counts
 from pretrain.data.stream import batches, check
-from pretrain.loop import Guard, train
+from pretrain.loop import Guard, LoopError, train
 from pretrain.methods import Trainable
 from pretrain.optim import build_optimizer
 from pretrain.parallel import compile_blocks, fill, make_mesh, place, recompute_blocks, shard
@@ -44,6 +44,7 @@ def main(settings: Settings) -> Outcome:
     with world(settings.device) as here:
         say: Callable[[str], None] = print if here.rank == 0 else _silent
         check(settings.data, here.size, settings.model.patch_size)
+        _check_parts(settings, here)
         torch.set_float32_matmul_precision("high" if settings.precision == "bf16" else "highest")
         guard = Guard(here.device)
         method = build_method(settings, guard)
@@ -97,6 +98,16 @@ def main(settings: Settings) -> Outcome:
 def dry_run(settings: Settings) -> str:
     """Say what a run would be, without making it: parameters, FLOPs, the learning rate as it is applied."""
     return summary(settings, build_method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))
+
+
+def _check_parts(settings: Settings, here: World) -> None:
+    """Refuse parts that are not equal."""
+    images = settings.data.batch_size // here.size
+    if images % settings.accumulate:
+        raise LoopError(
+            f"accumulate: {settings.accumulate} parts cannot be made of the {images} slices of a rank "
+            f"(data.batch_size {settings.data.batch_size} over {here.size} ranks); take a divisor of {images}"
+        )
 
 
 def _silent(text: str) -> None:

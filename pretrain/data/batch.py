@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
@@ -83,11 +83,38 @@ class Batch:
     mask_weights: Tensor  # float32 [M], 1 / (masked patches of that crop)
     keys: tuple[str, ...]  # [B], the sample each image really is
     replaced: tuple[str, ...] = ()  # what could not be read and was replaced, one line a slice
+    shared: Mapping[str, Any] | None = None  # of a part of a batch: what each loss term knows of all parts
 
     @property
     def images(self) -> int:
         """B, the images of this rank."""
         return len(self.keys)
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch cut into ``count`` parts of equally many images; AssertionError where that cannot be."""
+        assert self.images % count == 0, (self.images, count)
+        if count == 1:
+            return [self]
+        return [self._part(slice(i, i + self.images // count)) for i in range(0, self.images, self.images // count)]
+
+    def _part(self, images: slice) -> Batch:
+        def rows(tensor: Tensor) -> Tensor:
+            return torch.unflatten(tensor, 0, (-1, self.images))[:, images].flatten(0, 1)
+
+        weights = self.mask_weights.new_zeros(self.masks.shape)
+        weights.view(-1)[self.mask_indices] = self.mask_weights
+        masks = rows(self.masks)
+        indices = masks.flatten().nonzero()[:, 0]
+        return replace(
+            self,
+            global_crops=rows(self.global_crops),
+            local_crops=rows(self.local_crops) if len(self.local_crops) else self.local_crops,
+            gram_crops=None if self.gram_crops is None else rows(self.gram_crops),
+            masks=masks,
+            mask_indices=indices,
+            mask_weights=rows(weights).flatten()[indices],
+            keys=self.keys[images],
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""

@@ -8,8 +8,9 @@ settings are relative. Beneath the term, each file has its arithmetic as pure fu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from pretrain.schedule import Schedule
 if TYPE_CHECKING:
     from pretrain.data.batch import Batch
 
-__all__ = ["Given", "Term", "Views"]
+__all__ = ["Coupled", "Given", "Term", "Views"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class Given:
     step: int
     batch: Batch
     student: Views
-    teacher: Views
+    teacher: Views | None  # None where `shared` holds what the terms need of it
     student_head: nn.Module | None = None
     teacher_head: nn.Module | None = None
     gram: Features | None = None  # the Gram teacher's, of ``batch.gram_crops`` or else of the global crops
+    shared: Any = None  # what this term's `combine` says of this part of the batch
 
 
 class Term(Protocol):
@@ -63,3 +65,21 @@ class Term(Protocol):
 
     def loss(self, given: Given) -> Tensor:
         """The loss of this rank's batch, unweighted: one float32 number, differentiable in the student alone."""
+
+
+@runtime_checkable
+class Coupled(Protocol):
+    """A term in which the loss of one image depends on others, and which can have it over a batch taken in parts."""
+
+    @property
+    def sees(self) -> Literal["student", "teacher"]:
+        """Whose features `collect` takes."""
+
+    def collect(self, given: Given) -> Tensor:
+        """What `combine` must have of one part of a batch, without gradients."""
+
+    def combine(self, step: int, parts: Sequence[Tensor], teacher_head: nn.Module | None) -> Sequence[Any]:
+        """From what was collected of all parts, what each part's ``given.shared`` is to be; a collective.
+
+        With it the mean of the losses of the parts, and of their gradients, is that of the batch uncut.
+        """

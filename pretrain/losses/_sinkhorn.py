@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["sinkhorn"]
+__all__ = ["shifted", "sinkhorn", "sinkhorn_shift"]
 
 
 @torch.no_grad()
@@ -28,6 +30,40 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
         q /= _over_ranks(q.sum(0), dist.ReduceOp.SUM)
         q /= q.sum(1, keepdim=True)
     return q
+
+
+@torch.no_grad()
+def sinkhorn_shift(parts: Callable[[], Iterable[Tensor]], temperature: float, iterations: int = 3) -> Tensor:
+    """What `shifted` needs to give `sinkhorn`'s targets for samples that never lie in memory together: [K], float32.
+
+    ``parts()`` gives the logits [n, K] of all samples of this rank, part by part, and is called once an iteration. Each
+    iteration needs no more of the ones before than one number a prototype.
+    """
+    assert iterations >= 1
+    top, mass = None, None
+    for logits in parts():  # one pass: a sum under a maximum that may still rise
+        q = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        peak = q.amax(0) if len(q) else q.new_full(q.shape[1:], -torch.inf)
+        if top is None or mass is None:
+            top, mass = peak, torch.zeros_like(peak)
+        higher = torch.maximum(top, peak)
+        mass = mass * (top - higher).exp().nan_to_num(0.0) + (q - higher).exp_().sum(0)
+        top = higher
+    assert top is not None and mass is not None, "no part, not even an empty one"
+    everywhere = _over_ranks(top.clone(), dist.ReduceOp.MAX)
+    mass = _over_ranks(mass * (top - everywhere).exp(), dist.ReduceOp.SUM)
+    shift = -(everywhere + mass.log())
+    for _ in range(iterations - 1):
+        share = torch.zeros_like(shift)
+        for logits in parts():
+            share += shifted(logits, temperature, shift).sum(0)
+        shift = shift - _over_ranks(share, dist.ReduceOp.SUM).log()
+    return shift
+
+
+def shifted(logits: Tensor, temperature: float, shift: Tensor) -> Tensor:
+    """Targets [n, K] of some of the samples that `sinkhorn_shift` has seen."""
+    return (logits.to(shift.dtype) / temperature + shift).softmax(1)
 
 
 def _over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 import launch.settings
 from pretrain.losses import Given, Views
 from pretrain.losses._cross_entropy import soft_cross_entropy
-from pretrain.losses._sinkhorn import sinkhorn
+from pretrain.losses._targets import sinkhorn_over, sinkhorn_targets
 from pretrain.models.heads import HeadSettings
 from pretrain.schedule import Positive, Schedule, resolved
 
@@ -51,6 +51,7 @@ class Ibot:
     settings: Settings
     head: nn.Module | None
     needs_gram: bool = False
+    sees: Literal["student", "teacher"] = "teacher"
 
     @property
     def weight(self) -> Schedule:
@@ -60,13 +61,24 @@ class Ibot:
     def loss(self, given: Given) -> Tensor:
         """Of the masked patches of the batch; the targets are balanced over all ranks together."""
         assert given.student_head is not None
-        assert given.teacher_head is not None
         s, batch = self.settings, given.batch
-        with torch.no_grad():
-            logits = given.teacher_head(_masked(given.teacher, batch))
-            targets = sinkhorn(logits, s.teacher_temperature(given.step), s.sinkhorn_iterations)
+        targets = sinkhorn_targets(s, given, _seen)
         predicted = given.student_head(_masked(given.student, batch))
         return ibot_loss(predicted, targets, batch.mask_weights, len(batch.masks), s.student_temperature)
+
+    def collect(self, given: Given) -> Tensor:
+        """The teacher's features of the masked patches at the bottleneck of its head, [M, bottleneck]."""
+        assert given.teacher_head is not None
+        return given.teacher_head(_seen(given), no_last=True)  # type: ignore[no-any-return]
+
+    def combine(self, step: int, parts: Sequence[Tensor], teacher_head: nn.Module | None) -> Sequence[Any]:
+        """Targets that are balanced over all parts."""
+        return sinkhorn_over(self.settings, step, parts, teacher_head)
+
+
+def _seen(given: Given) -> Tensor:
+    assert given.teacher is not None
+    return _masked(given.teacher, given.batch)
 
 
 def _masked(views: Views, batch: Batch) -> Tensor:

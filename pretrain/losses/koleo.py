@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,6 +101,7 @@ class Koleo:
     settings: Settings
     head: nn.Module | None = None
     needs_gram: bool = False
+    sees: Literal["student", "teacher"] = "student"
 
     @property
     def weight(self) -> Schedule:
@@ -108,8 +110,29 @@ class Koleo:
 
     def loss(self, given: Given) -> Tensor:
         """Of the student's global class tokens."""
-        crops = torch.split(given.student.globals_.cls, given.batch.images)
-        return torch.stack([self._one(crop) for crop in crops]).sum()
+        cls = given.student.globals_.cls
+        if given.shared is None:
+            return self._all(torch.unflatten(cls, 0, (-1, given.batch.images)))
+        value, gradient = given.shared
+        slope = (cls.to(gradient.dtype) * gradient.flatten(0, 1)).sum()
+        return value + slope - slope.detach()  # type: ignore[no-any-return]
+
+    def collect(self, given: Given) -> Tensor:
+        """The student's class tokens, [2, B, D]."""
+        return torch.unflatten(given.student.globals_.cls, 0, (-1, given.batch.images))
+
+    def combine(self, step: int, parts: Sequence[Tensor], teacher_head: nn.Module | None) -> Sequence[Any]:
+        """The loss of all parts, and for each part the gradient in its class tokens, times the number of parts."""
+        cls = torch.cat(list(parts), 1)
+        cls = cls.to(torch.promote_types(cls.dtype, torch.float32)).requires_grad_()
+        with torch.enable_grad():
+            value = self._all(cls)
+        (gradient,) = torch.autograd.grad(value, cls)
+        pieces = torch.split(gradient * len(parts), [part.shape[1] for part in parts], 1)
+        return [(value.detach(), piece) for piece in pieces]
+
+    def _all(self, crops: Tensor) -> Tensor:
+        return torch.stack([self._one(crop) for crop in crops.unbind()]).sum()
 
     def _one(self, x: Tensor) -> Tensor:
         group, neighbours = self.settings.group or len(x), self.settings.neighbours

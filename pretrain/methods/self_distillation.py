@@ -5,7 +5,7 @@ Every further phase of the recipe is a matter of settings: weights to start from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,9 +18,9 @@ import launch.settings
 from launch.settings import choice, plugins
 from pretrain.data.batch import Batch
 from pretrain.loop import Guard
-from pretrain.losses import Given, Term, Views
+from pretrain.losses import Coupled, Given, Term, Views
 from pretrain.methods import Source, States
-from pretrain.models.vit import VitSettings
+from pretrain.models.vit import Features, VitSettings
 from pretrain.models.vit import build as build_vit
 from pretrain.parallel import initialised
 from pretrain.released import Released, ReleasedError, fit, read
@@ -81,6 +81,11 @@ class Settings(launch.settings.Settings):
     )
     gram_teacher: GramTeacher | None = Field(
         None, description="the Gram teacher; exactly the runs with a gram term have one"
+    )
+    statistics: Literal["part", "batch"] = Field(
+        "part",
+        description="of a batch taken in parts (accumulate): whether Sinkhorn and KoLeo see each part alone, or all of "
+        "the rank's batch, which gives the numbers of the uncut batch and costs one more forward pass of the student",
     )
 
     @field_validator("terms", mode="before")
@@ -188,17 +193,40 @@ class SelfDistillation:
         """Pair the parameters of teacher and student, now that sharding has replaced them. Buffers stay as they are."""
         self._pairs = (list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()])
 
+    def parts(self, batch: Batch, step: int, count: int, seed: Callable[[int], None]) -> Sequence[Batch]:
+        """The batch in `count` parts; with `statistics: batch` each knows what its terms need of the others.
+
+        For that every part is looked at once without gradients. The student then draws as it will when the part is
+        learnt from, and nothing but class tokens and bottlenecks of the heads is kept.
+        """
+        parts = batch.parts(count)
+        coupled = {n: t for n, t in self.terms.items() if isinstance(t, Coupled) and (t.head or t.weight(step))}
+        if count == 1 or self._settings.statistics == "part" or not coupled:
+            return parts
+        watched = any(term.sees == "student" for term in coupled.values())
+        collected: dict[str, list[Tensor]] = {name: [] for name in coupled}
+        with torch.no_grad():
+            for number, part in enumerate(parts):
+                seed(number)
+                teacher = Views(self.teacher["backbone"](part.global_crops))
+                student = self._look(part) if watched else teacher
+                for name, term in coupled.items():
+                    collected[name].append(term.collect(self._given(name, step, part, student, teacher)))
+            shared = {name: term.combine(step, collected[name], self._heads(name)[1]) for name, term in coupled.items()}
+        return [
+            replace(part, shared={name: shared[name][number] for name in coupled}) for number, part in enumerate(parts)
+        ]
+
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Weighted terms of this rank's batch; the teacher sees the global crops whole, the student masked and with the
         local crops."""
-        with torch.no_grad():
-            teacher = Views(self.teacher["backbone"](batch.global_crops))
-        if batch.local_crops.numel():
-            student = Views(*self.student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None]))
-        else:
-            student = Views(self.student["backbone"](batch.global_crops, batch.masks))
+        teacher = None
+        if batch.shared is None or self._live:
+            with torch.no_grad():
+                teacher = Views(self.teacher["backbone"](batch.global_crops))
+        student = self._look(batch)
         gram = None
-        if self._live:
+        if self._live and teacher is not None:
             gram, batch = teacher.globals_, replace(batch, gram_crops=None)
         if self.gram_teacher is not None and any(t.needs_gram and t.weight(step) for t in self.terms.values()):
             with torch.no_grad():
@@ -210,9 +238,25 @@ class SelfDistillation:
             if term.head is None and not term.weight(step):
                 losses[name] = student.globals_.cls.new_zeros((), dtype=torch.float32)
                 continue
-            own, twin = (net[f"{name}_head"] if term.head is not None else None for net in (self.student, self.teacher))
-            losses[name] = term.weight(step) * term.loss(Given(step, batch, student, teacher, own, twin, gram))
+            losses[name] = term.weight(step) * term.loss(self._given(name, step, batch, student, teacher, gram))
         return losses
+
+    def _look(self, batch: Batch) -> Views:
+        """The student's views of a batch: the global crops masked, with the local crops in one stream."""
+        if batch.local_crops.numel():
+            return Views(*self.student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None]))
+        return Views(self.student["backbone"](batch.global_crops, batch.masks))
+
+    def _heads(self, name: str) -> tuple[nn.Module | None, nn.Module | None]:
+        """A term's head in student and teacher."""
+        key = f"{name}_head"
+        return (self.student[key], self.teacher[key]) if key in self.student else (None, None)
+
+    def _given(
+        self, name: str, step: int, batch: Batch, student: Views, teacher: Views | None, gram: Features | None = None
+    ) -> Given:
+        shared = None if batch.shared is None else batch.shared.get(name)
+        return Given(step, batch, student, teacher, *self._heads(name), gram, shared)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,10 @@ class Line:
         self.guard = guard
         self.ended = Ended(0)
         self.draws: list[Tensor] = []
+
+    def parts(self, batch: Numbers, step: int, count: int, seed: Callable[[int], None]) -> Sequence[Numbers]:
+        each = len(batch.keys) // count
+        return [Numbers(batch.x[i : i + each], batch.keys[i : i + each]) for i in range(0, len(batch.keys), each)]
 
     def loss(self, batch: Numbers, step: int) -> dict[str, Tensor]:
         self.draws.append(torch.rand(()))

@@ -23,6 +23,7 @@ from pretrain import train
 from pretrain.checkpoint import newest, read_tensors
 from pretrain.export import Settings as ExportSettings
 from pretrain.export import main as export
+from pretrain.loop import LoopError
 from pretrain.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -261,3 +262,8 @@ def test_an_export_names_the_corpus_it_was_trained_on(tmp_path: Path) -> None:
     known = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
     about = train._about(settings(tmp_path / "run"), Corpus(tmp_path / "corpus", None))
     assert about["corpus"] == known["fingerprint"]
+
+
+def test_parts_that_cannot_be_made_are_refused(tmp_path: Path, slices: None) -> None:
+    with pytest.raises(LoopError, match=r"accumulate: 3 parts cannot be made of the 4 slices of a rank"):
+        run(tmp_path, "accumulate=3")

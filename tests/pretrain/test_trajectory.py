@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def _written(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def recorded(name: str, golden: Golden, ranks: range, seeded: bool) -> Iterator[Batch]:
+def recorded(name: str, golden: Golden, ranks: range) -> Iterator[Batch]:
     """The batches of some of the recorded ranks, joined as one rank would have them."""
     variant = VARIANTS[name]
     each = trajectory.IMAGES // variant.ranks
@@ -97,8 +98,6 @@ def recorded(name: str, golden: Golden, ranks: range, seeded: bool) -> Iterator[
         masks = joined([golden.masks(step, rank) for rank in ranks])
         weights = (1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks]
         keys = tuple(f"{step}.{rank}.{image}" for rank in ranks for image in range(each))
-        if seeded:  # the loop seeds a step before it asks for the batch
-            torch.manual_seed(trajectory.step_of(step))
         yield Batch(
             crops["global"], crops["local"], crops.get("gram"), masks, masks.flatten().nonzero()[:, 0], weights, keys
         )
@@ -119,8 +118,9 @@ def follow(name: str, folder: Path, here: World = HERE) -> Recorder:
     schedules = settings.optim.schedules(settings.steps, settings.data.batch_size)
     recorder: Any = Recorder(method, optimizer)
     ranks = range(variant.ranks) if here.size == 1 else range(here.rank, here.rank + 1)
-    stream = recorded(name, golden, ranks, variant.draws)
-    ended = train(method, stream, optimizer, schedules, recorder, recorder, here, settings.loop, guard=guard)
+    stream = recorded(name, golden, ranks)
+    with mock.patch("pretrain.loop.step_seed", lambda seed, step, rank, part=0: trajectory.step_of(step)):
+        ended = train(method, stream, optimizer, schedules, recorder, recorder, here, settings.loop, guard=guard)
     assert ended.step == STEPS
     assert not ended.skipped
     found: Recorder = recorder
