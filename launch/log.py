@@ -48,13 +48,14 @@ class Log:
         values: Mapping[str, float],
         *,
         terms: Mapping[str, float] | None = None,
+        more: Mapping[str, float] | None = None,
         slices_per_step: int,
         wait: float | None = None,
         memory_gib: float | None = None,
         mfu: float | None = None,
     ) -> None:
         """Log one step. ``wait`` is the share of the time spent waiting for data and ``mfu`` that of the peak FLOP/s,
-        both 0 to 1.
+        both 0 to 1. ``more`` goes into the files alone, not onto the line.
 
         Speed and time left are those since the call before.
         """
@@ -78,12 +79,14 @@ class Log:
             "at": now(),
             **values,
             **{f"term/{k}": v for k, v in terms.items()},
+            **(more or {}),
             **known,
         }
         self._metrics.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
         if self._board is not None:
             numbers = {f"train/{name}": value for name, value in values.items()}
             numbers |= {f"term/{name}": value for name, value in terms.items()}
+            numbers |= dict(more or {})
             self._board.add(step, numbers | {f"speed/{name}": value for name, value in known.items()})
         self.event(step_line(step, total, values, terms, known))
 

@@ -86,6 +86,7 @@ class Meter:
             self.steps,
             values,
             terms=losses,
+            more=norms,
             slices_per_step=len(self.rows[-1][1]) * self.world.size,
             wait=min(self.waited / elapsed, 1.0),
             memory_gib=torch.cuda.max_memory_allocated(self.world.device) / 2**30 if cuda else None,

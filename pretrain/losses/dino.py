@@ -31,6 +31,9 @@ class Settings(launch.settings.Settings):
     )
     student_temperature: float = Field(0.1, gt=0, description="divides the student's logits")
     sinkhorn_iterations: int = Field(3, ge=1, description="sweeps that spread the targets over the prototypes")
+    ignore_diagonal: bool = Field(
+        True, description="a student's global crop is not held against the teacher's view of the same crop"
+    )
     head: HeadSettings = Field(HeadSettings(), description="projection head")
 
 
@@ -77,10 +80,10 @@ class Dino:
         global_logits, *local_logits = (
             part.view(-1, images, part.shape[-1]) for part in torch.split(logits, [len(part) for part in crops])
         )
-        loss = dino_loss(global_logits, targets, s.student_temperature, ignore_diagonal=True)
+        loss = dino_loss(global_logits, targets, s.student_temperature, ignore_diagonal=s.ignore_diagonal)
         if not local_logits:
             return loss
-        pairs, local_pairs = views * (views - 1), views * len(local_logits[0])
+        pairs, local_pairs = views * (views - s.ignore_diagonal), views * len(local_logits[0])
         local = dino_loss(local_logits[0], targets, s.student_temperature)
         return (pairs * loss + local_pairs * s.local_weight(given.step) * local) / (pairs + local_pairs)
 

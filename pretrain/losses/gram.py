@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import launch.settings
 from pretrain.losses import Given
 from pretrain.schedule import Schedule, resolved
 
-__all__ = ["Gram", "Settings", "build", "gram_loss", "resize_patches"]
+if TYPE_CHECKING:
+    from pretrain.data.batch import Batch
+
+__all__ = ["Gram", "Settings", "build", "chosen_patches", "gram_loss", "resize_patches"]
 
 Negatives = Literal["keep", "drop", "drop_teacher"]
+Tokens = Literal["all", "masked", "unmasked"]
 
 
 class Settings(launch.settings.Settings):
@@ -29,9 +33,20 @@ class Settings(launch.settings.Settings):
         True, description="similarities of patches of one crop; false: of all patches of the batch"
     )
     negatives: Negatives = Field("keep", description="what becomes of similarities below zero")
+    tokens: Tokens = Field(
+        "all", description="which patches count, by the student's masks; other than all: only with within_image: false"
+    )
     antialias: bool = Field(
         False, description="low-pass before the teacher's patches are resized to the student's grid"
     )
+
+    @model_validator(mode="after")
+    def _crops_keep_their_sizes(self) -> Settings:
+        if self.tokens != "all" and self.within_image:
+            raise ValueError(
+                f"tokens: {self.tokens} takes another number of patches from each crop; set within_image: false"
+            )
+        return self
 
 
 def gram_loss(
@@ -71,9 +86,20 @@ def resize_patches(patches: Tensor, grid: tuple[int, int], to: tuple[int, int], 
     return resized.flatten(2).mT
 
 
+def chosen_patches(patches: Tensor, batch: Batch, tokens: Tokens) -> Tensor:
+    """Patches [2B, N, D] of global crops, or as [1, M, D] those of them that the student saw masked or unmasked."""
+    if tokens == "all":
+        return patches
+    chosen = batch.mask_indices
+    if tokens == "unmasked":  # sorted to the front: how many they are is known without asking the device
+        order = batch.masks.flatten().to(torch.uint8).argsort(stable=True)
+        chosen = order[: batch.masks.numel() - len(batch.mask_indices)]
+    return patches.flatten(0, 1).index_select(0, chosen)[None]
+
+
 @dataclass(frozen=True)
 class Gram:
-    """The term: all patches of the student's global crops, masked ones too, against the Gram teacher's larger view."""
+    """The term: patches of the student's global crops, masked ones too, against the Gram teacher's larger view."""
 
     settings: Settings
     patch_size: int
@@ -93,8 +119,11 @@ class Gram:
         seen = batch.global_crops if batch.gram_crops is None else batch.gram_crops
         grids = self._grid(seen), self._grid(batch.global_crops)
         target = resize_patches(given.gram.patches.detach(), *grids, s.antialias)
+        student, target = (chosen_patches(x, batch, s.tokens) for x in (given.student.globals_.patches, target))
+        if not student.numel():
+            return 0 * given.student.globals_.patches.float().sum()
         return gram_loss(
-            given.student.globals_.patches,
+            student,
             target,
             normalized=s.normalized,
             within_image=s.within_image,

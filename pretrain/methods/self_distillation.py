@@ -37,10 +37,36 @@ else:
 class GramTeacher(launch.settings.Settings):
     """Where the frozen backbone comes from whose patch similarities the student must keep, and when it is renewed."""
 
-    path: Path = Field(description="run folder, checkpoint, export or published file of an earlier run")
+    path: Path | None = Field(None, description="run folder, checkpoint, export or published file of an earlier run")
     step: int | None = Field(None, ge=0, description="step of that run's checkpoint; null: its newest")
     update_every: int = Field(0, ge=0, description="steps between two renewals, a copy of the EMA teacher; 0: none")
+    first_update: int = Field(0, ge=0, description="no renewal before so many steps are done")
     max_updates: int | None = Field(None, ge=1, description="renewals at most; null: no limit")
+    copy_at: int | None = Field(
+        None, ge=0, description="step before which the EMA teacher takes the place of what path held; null: never"
+    )
+    live: bool = Field(
+        False, description="no network of its own: the EMA teacher's patches of the global crops, at every step"
+    )
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> GramTeacher:
+        given = [name for name, value in self if name != "live" and value not in (None, 0)]
+        if self.live and given:
+            raise ValueError(f"live: true is the EMA teacher itself; {', '.join(given)} cannot be given with it")
+        if not self.live and self.path is None and self.copy_at is None:
+            raise ValueError("set path to an earlier run or file, copy_at to copy the EMA teacher, or live: true")
+        return self
+
+    def renewed_after(self, step: int) -> bool:
+        """Whether the EMA teacher is copied in after `step` (counted from 0)."""
+        if step + 1 == self.copy_at:
+            return True
+        if not self.update_every:
+            return False
+        count, early = divmod(step + 1, self.update_every)
+        count -= max(-(-self.first_update // self.update_every) - 1, 0)
+        return not early and 0 < count <= (self.max_updates or count)
 
 
 class Settings(launch.settings.Settings):
@@ -110,7 +136,9 @@ class SelfDistillation:
         _, self.teacher = self._student()
         self.teacher.requires_grad_(False).eval()
         self.gram_teacher: nn.ModuleDict | None = None
-        if any(term.needs_gram for term in self.terms.values()):
+        gram = settings.gram_teacher
+        self._live = gram is not None and gram.live
+        if not self._live and any(term.needs_gram for term in self.terms.values()):
             self.gram_teacher = nn.ModuleDict({"backbone": build_vit(model)})
             self.gram_teacher.requires_grad_(False).eval()
         self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -154,8 +182,11 @@ class SelfDistillation:
         if self.gram_teacher is not None:
             gram = self._settings.gram_teacher
             assert gram is not None, "a gram term without a Gram teacher"
-            say("gram teacher:")
-            states["gram_teacher"] = {"backbone": fit(read(gram.path, gram.step), self._model, say)}
+            first = states["teacher"]["backbone"]
+            if gram.path is not None and gram.copy_at != 0:
+                say("gram teacher:")
+                first = fit(read(gram.path, gram.step), self._model, say)
+            states["gram_teacher"] = {"backbone": first}
         return states
 
     def placed(self) -> None:
@@ -190,11 +221,13 @@ class SelfDistillation:
         """Weighted terms of this rank's batch; the teacher sees the global crops whole, the student masked and with the
         local crops."""
         teacher = None
-        if batch.shared is None:
+        if batch.shared is None or self._live:
             with torch.no_grad():
                 teacher = Views(self.teacher["backbone"](batch.global_crops))
         student = self._look(batch)
         gram = None
+        if self._live and teacher is not None:
+            gram, batch = teacher.globals_, replace(batch, gram_crops=None)
         if self.gram_teacher is not None and any(t.needs_gram and t.weight(step) for t in self.terms.values()):
             with torch.no_grad():
                 gram = self.gram_teacher["backbone"](
@@ -232,10 +265,7 @@ class SelfDistillation:
         weight = (1.0 - self._momentum(step)) * self._guard.keep
         torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
         gram = self._settings.gram_teacher
-        if self.gram_teacher is None or gram is None or not gram.update_every:
-            return
-        count, early = divmod(step + 1, gram.update_every)
-        if not early and (gram.max_updates is None or count <= gram.max_updates):
+        if self.gram_teacher is not None and gram is not None and gram.renewed_after(step):
             for old, new in zip(self.gram_teacher.parameters(), self.teacher["backbone"].parameters(), strict=True):
                 old.copy_(new)
 

@@ -191,6 +191,20 @@ def test_gram_takes_a_larger_view_and_asks_for_a_teacher() -> None:
         term.loss(Given(0, batch, student, student))
 
 
+@pytest.mark.parametrize("tokens", ["masked", "unmasked"])
+def test_gram_takes_only_the_patches_asked_for(tokens: str) -> None:
+    batch, student, seen = _batch((0,)), _views(0), _features(5)
+    term = _term("gram", tokens=tokens, within_image=False)
+    chosen = batch.masks if tokens == "masked" else ~batch.masks
+    expected = gram.gram_loss(student.globals_.patches[chosen][None], seen.patches[chosen][None])
+    torch.testing.assert_close(term.loss(Given(0, batch, student, student, gram=seen)), expected)
+    none = Batch(*list(batch.tensors().values())[:2], None, ~chosen & chosen, *[torch.zeros(0).long()] * 2, batch.keys)
+    if tokens == "masked":
+        assert term.loss(Given(0, none, student, student, gram=seen)) == 0
+    with pytest.raises(ValueError, match="set within_image: false"):
+        _term("gram", tokens=tokens)
+
+
 # A rank holds 4 images: groups of 8 join both, groups of 2 split each.
 GROUPED = [*((name, 8) for name in TERMS), ("koleo", 4), ("koleo", 2)]
 
