@@ -28,6 +28,7 @@ from pretrain.loop import Guard, train
 from pretrain.methods import Trainable
 from pretrain.optim import build_optimizer
 from pretrain.parallel import compile_blocks, fill, make_mesh, place, recompute_blocks, shard
+from pretrain.precision import in_bf16
 from pretrain.settings import Settings
 
 __all__ = ["build_method", "dry_run", "flops_per_step", "main", "place_method", "summary"]
@@ -118,11 +119,12 @@ def place_method(method: Trainable, settings: Settings, here: World) -> None:
     for network in method.networks.values():
         trained = network is method.student
         for part in network.values():
-            if settings.parallel.recompute and trained:
-                recompute_blocks(part)
+            if settings.precision == "bf16":
+                in_bf16(part, settings.residual, cast_parameters=mesh is None)
+            recompute_blocks(part, settings.parallel.recompute if trained else "none")
             if settings.parallel.compile:
                 compile_blocks(part)
-        shard(network, here, settings.parallel, frozen=not trained, mesh=mesh)
+        shard(network, here, settings.parallel, frozen=not trained, mesh=mesh, precision=settings.precision)
         place(network, here.device)
     method.placed()
 
