@@ -25,7 +25,8 @@ Residual = Literal["bf16", "fp32"]
 def in_bf16(part: nn.Module, residual: Residual = "bf16", *, cast_parameters: bool = True) -> None:
     """Make a backbone or head compute in bfloat16, in place; names, parameters and state stay as they are.
 
-    ``residual`` is the precision of the stream of tokens between the blocks of a backbone. ``cast_parameters`` is off
+    ``residual`` is the precision of the stream of tokens between the blocks of a backbone, and of the features made of
+    it. ``cast_parameters`` is off
     for a network that will be sharded with `pretrain.parallel.shard(precision="bf16")`, which gathers them in bfloat16.
     To be called before `torch.compile` and before sharding.
     """
@@ -37,9 +38,11 @@ def in_bf16(part: nn.Module, residual: Residual = "bf16", *, cast_parameters: bo
     blocks = getattr(part, "blocks", None)
     if residual == "fp32" and isinstance(blocks, nn.ModuleList):
         blocks[0].register_forward_pre_hook(_stream_in_fp32)
+        within = set(blocks.modules())
         for module in part.modules():
             if isinstance(module, nn.LayerNorm):
-                module.forward = MethodType(_norm_of_fp32, module)  # type: ignore[method-assign]
+                run = _norm_to_bf16 if module in within else _norm
+                module.forward = MethodType(run, module)  # type: ignore[method-assign]
 
 
 def _inputs_in_bf16(_: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -55,10 +58,13 @@ def _stream_in_fp32(_: nn.Module, args: Any) -> Any:
     return (stream.float(), *others)
 
 
-def _norm_of_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The stream's float32 in, and bfloat16 out to the layer that follows."""
-    weight, bias = norm.weight.float(), norm.bias.float()
-    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(norm.weight.dtype)
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+
+
+def _norm_to_bf16(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The stream's float32 in, bfloat16 out to the layer that follows."""
+    return _norm(norm, x).to(torch.bfloat16)
 
 
 @cache
