@@ -156,7 +156,8 @@ def _peak(here: World, settings: Settings) -> float:
 def summary(settings: Settings, method: Trainable, flops: float) -> str:
     """Describe the run: parameters by part, the work of a step, and each derived number with its reason."""
     optim, batch = settings.optim, settings.data.batch_size
-    lr = optim.schedules(settings.steps, batch).lr
+    schedules = optim.schedules(settings.steps, batch)
+    lr, still = schedules.lr, schedules.freeze_backbone
     factor = f"{optim.lr.peak:.3g} x 4 sqrt({batch} / 1024)" if optim.lr_rule == "sqrt_wrt_1024" else "as given"
     frozen = [name for name, network in method.networks.items() if network is not method.student]
     counts = [f"{name} {parameter_count(method.networks[name])[''] / 1e6:.1f} M" for name in frozen]
@@ -168,6 +169,7 @@ def summary(settings: Settings, method: Trainable, flops: float) -> str:
             f"a step: {batch} slices, {flops / 1e12:.3g} TFLOP ({flops / batch / 1e9:.3g} GFLOP a slice)",
             f"learning rate at its peak: {lr.peak:.3g} = {factor} (optim.lr_rule: {optim.lr_rule})",
             f"the run: {settings.steps} steps, {settings.steps * batch:,} slices seen",
+            *([f"the backbone stands still for the first {still} steps (optim.freeze_backbone)"] if still else []),
         ]
     )
 
