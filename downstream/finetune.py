@@ -112,8 +112,7 @@ def main(settings: Settings) -> Outcome:
         model, header = _model(settings, dataset, train_cases)
         say = print if here.rank == 0 else _silent
         say(_summary(settings, dataset, model, header, train_cases, len(val_cases)))
-        if settings.parallel.recompute:
-            recompute_blocks(model.backbone)
+        recompute_blocks(model.backbone, settings.parallel.recompute)
         if settings.parallel.compile:
             compile_blocks(model.backbone)
         method = Segmentation(model.to(here.device), settings.freeze_backbone)

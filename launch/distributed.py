@@ -23,12 +23,13 @@ class DeviceError(ValueError):
 
 @dataclass(frozen=True)
 class World:
-    """This process: ``rank`` of ``size`` over all machines, ``local_rank`` on its own machine, and its device."""
+    """This process: ``rank`` of ``size`` over all machines, ``local_rank`` of ``local_size`` on its own, its device."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1
 
 
 @contextmanager
@@ -38,27 +39,27 @@ def world(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
     ``device``: "auto" (this rank's GPU, or the CPU where there is none), "cpu", "cuda" (this rank's GPU) or "cuda:1". A
     collective that takes longer than ``timeout_s`` raises. Raises DeviceError where torch does not see the GPU.
     """
-    rank, size, local_rank = _ranks()
+    rank, size, local_rank, local_size = _ranks()
     chosen = _device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size == 1:
-        yield World(rank, size, local_rank, chosen)
+        yield World(rank, size, local_rank, chosen, local_size)
         return
     # gloo beside nccl: flags are agreed on and checkpoints are written without a stop of the GPU's queue.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     try:
-        yield World(rank, size, local_rank, chosen)
+        yield World(rank, size, local_rank, chosen, local_size)
     finally:
         dist.destroy_process_group()
 
 
-def _ranks() -> tuple[int, int, int]:
+def _ranks() -> tuple[int, int, int, int]:
     if "RANK" not in os.environ:
-        return 0, 1, 0
+        return 0, 1, 0, 1
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return rank, size, int(os.environ.get("LOCAL_RANK", rank))
+    return rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -41,6 +41,11 @@ class OptimSettings(Settings):
     freeze_last_layer: Length = Field(
         0, description="first steps, or share of the run, in which the heads' prototypes stand still"
     )
+    freeze_backbone: Length = Field(
+        0,
+        description="first steps, or share of the run, in which the backbone stands still, so that new heads find their "
+        "place on loaded weights",
+    )
 
     def schedules(self, steps: int, batch: int) -> Schedules:
         """The schedules of a run of ``steps`` with ``batch`` images a step on all ranks together."""
@@ -48,8 +53,8 @@ class OptimSettings(Settings):
         scaled = {"peak": lr.peak * factor, "start": lr.start * factor}
         if lr.end is not None:
             scaled["end"] = lr.end * (factor if lr.form == "v2" else 1.0)  # v1 leaves the end as it is
-        frozen = whole(self.freeze_last_layer, steps)
-        return Schedules(lr.model_copy(update=scaled), self.weight_decay.over(steps), frozen)
+        frozen = [whole(length, steps) for length in (self.freeze_last_layer, self.freeze_backbone)]
+        return Schedules(lr.model_copy(update=scaled), self.weight_decay.over(steps), *frozen)
 
 
 class Multipliers(NamedTuple):
@@ -96,8 +101,14 @@ def param_groups(student: nn.Module, settings: OptimSettings) -> list[dict[str, 
         for name, factors in multipliers(module, settings).items():
             groups.setdefault((part, factors), []).append(parameters[name])
     return [
-        {"params": parameters, "lr_multiplier": m.lr, "wd_multiplier": m.wd, "is_last_layer": m.is_last_layer}
-        for (_, m), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr_multiplier": m.lr,
+            "wd_multiplier": m.wd,
+            "is_last_layer": m.is_last_layer,
+            "is_backbone": part == "backbone",
+        }
+        for (part, m), parameters in groups.items()
     ]
 
 
@@ -105,7 +116,17 @@ def build_optimizer(student: nn.Module, settings: OptimSettings) -> torch.optim.
     """AdamW over the trainable parameters, one fused kernel a group; rates come from `Schedules.apply` at each step."""
     groups = param_groups(student, settings)
     fused = all(p.device.type in {"cpu", "cuda"} for p in student.parameters())
-    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, weight_decay=0.0, fused=fused)
+    optimizer.register_step_pre_hook(_without_frozen)
+    return optimizer
+
+
+def _without_frozen(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Hide the gradients of frozen groups from the step: Adam's averages of them begin when they first move."""
+    for group in optimizer.param_groups:
+        if group.get("frozen"):
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 @torch.no_grad()

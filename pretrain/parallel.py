@@ -1,30 +1,37 @@
 """Where parameters live: sharding over ranks, activation checkpointing and compilation, as plain functions on blocks.
 
-One rank is not wrapped at all. With several, `replicate` keeps a whole copy on each (FSDP2 on a mesh of (ranks, 1):
-every gathering is of one rank's own) and `full` shards parameters, gradients and optimizer state over all. Weights are
-made whole on the CPU, from the seed alone, and then copied to where they live, so any number of ranks and any device
-starts from the same numbers.
+One rank is not wrapped at all. With several, the ranks are a grid (copies, ranks that share one copy) for FSDP2:
+`replicate` keeps a whole copy on each rank (every gathering is of one rank's own), `full` shards parameters, gradients
+and optimizer state over all ranks, `hybrid` over those of one machine, so that only gradients cross between machines.
+Weights are made whole on the CPU, from the seed alone, and then copied to where they live, so any number of ranks and
+any device starts from the same numbers.
+
+    ParallelError(ValueError)    a number of ranks that cannot be shared out as the settings say
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from types import MethodType
+from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from launch.distributed import World
 from launch.settings import Settings
 
 __all__ = [
+    "ParallelError",
     "ParallelSettings",
+    "Recompute",
     "compile_blocks",
     "fill",
     "initialised",
@@ -36,43 +43,107 @@ __all__ = [
 ]
 
 
+Recompute = Literal["none", "blocks", "matmuls"]
+
+# Saved by `matmuls`: what costs most to compute again. A linear layer with bias dispatches addmm, one without mm. Names
+# and not operators, because some are missing from some builds of torch.
+_KEPT = (
+    "mm", "addmm", "_scaled_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu", "_flash_attention_forward",
+    "_efficient_attention_forward",
+)  # fmt: skip
+
+
+class ParallelError(ValueError):
+    """The ranks there are cannot be shared out as the settings say."""
+
+
 class ParallelSettings(Settings):
     """How the model is spread over ranks and how its blocks are run."""
 
-    sharding: Literal["replicate", "full"] = Field(
-        "replicate", description="full: shard weights over ranks, for models above 1 B parameters"
+    sharding: Literal["replicate", "full", "hybrid"] = Field(
+        "replicate",
+        description="full: shard weights over all ranks, for models above 1 B parameters; hybrid: over shard_ranks of "
+        "them, each such group holding a copy",
     )
-    compile: bool = Field(False, description="compile each block; a minute at the start, for GPUs")
-    recompute: bool = Field(
-        False, description="recompute activations of each block in the backward pass: less memory, a third more time"
+    shard_ranks: int | None = Field(
+        None, ge=1, description="ranks that share one copy, with hybrid; null: the ranks of one machine"
+    )
+    compile: bool = Field(False, description="compile each block and head; minutes at the start, for GPUs")
+    recompute: Recompute = Field(
+        "none",
+        description="what is computed again in the backward pass instead of kept: blocks: all within a block, least "
+        "memory, a third more time; matmuls: all but the results of matrix products and attention",
     )
 
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
 
-def _blocks(part: nn.Module) -> Iterable[nn.Module]:
+    @model_validator(mode="after")
+    def _belong_together(self) -> ParallelSettings:
+        if self.shard_ranks is not None and self.sharding != "hybrid":
+            raise ValueError(f"shard_ranks belongs to sharding: hybrid, not {self.sharding}")
+        return self
+
+
+def _blocks(part: nn.Module) -> Sequence[nn.Module]:
     """The transformer blocks of a backbone; none in a head."""
     blocks = getattr(part, "blocks", ())
-    return blocks if isinstance(blocks, nn.ModuleList) else ()
+    return list(blocks) if isinstance(blocks, nn.ModuleList) else ()
 
 
-def recompute_blocks(part: nn.Module) -> None:
-    """Keep only the inputs of each block and recompute it in the backward pass; parameter names stay as they are."""
+def recompute_blocks(part: nn.Module, what: Recompute = "blocks") -> None:
+    """Keep less of each block than the backward pass needs and compute the rest again; names stay as they are."""
+    runs = {"none": None, "blocks": _recomputed, "matmuls": _recomputed_but_matmuls}
     for block in _blocks(part):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if (run := runs[what]) is not None:
+            # A method, not a closure: the compiler then takes all blocks for one piece of code.
+            block.forward = MethodType(run, block)
+
+
+def _recomputed(block: nn.Module, *given: Any) -> Any:
+    return checkpoint(type(block).forward, block, *given, use_reentrant=False)
+
+
+def _recomputed_but_matmuls(block: nn.Module, *given: Any) -> Any:
+    contexts = functools.partial(create_selective_checkpoint_contexts, _kept())
+    return checkpoint(type(block).forward, block, *given, use_reentrant=False, context_fn=contexts)
+
+
+@functools.cache
+def _kept() -> list[Any]:
+    return [getattr(torch.ops.aten, name).default for name in _KEPT if hasattr(torch.ops.aten, name)]
 
 
 def compile_blocks(part: nn.Module) -> None:
-    """Compile each block in place: the blocks share one graph, the model around them stays eager."""
-    for block in _blocks(part):
-        block.compile()
+    """Compile each block in place, or a head as a whole: the blocks share their graphs, the model around them is eager.
+
+    A graph is made for the first crop sizes met and one for all others, whatever their number. To be called after
+    `recompute_blocks`: the compiler chooses within what that leaves to it.
+    """
+    for module in _blocks(part) or [part]:
+        module.forward = torch.compile(module.forward)
 
 
 def make_mesh(world: World, settings: ParallelSettings) -> DeviceMesh | None:
-    """The ranks as FSDP2 takes them; it opens process groups, so make one for all networks of a run. One rank: None."""
+    """The ranks as FSDP2 takes them; it opens process groups, so make one for all networks of a run. One rank: None.
+
+    Raises ParallelError where the ranks cannot be shared out.
+    """
     if world.size == 1:
         return None
-    if settings.sharding == "full":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (world.size, 1), mesh_dim_names=("replicate", "shard"))
+    share = {"replicate": 1, "full": world.size}.get(settings.sharding, settings.shard_ranks or world.local_size)
+    if world.size % share:
+        fitting = ", ".join(str(n) for n in range(1, world.size + 1) if world.size % n == 0)
+        raise ParallelError(
+            f"parallel.shard_ranks: {share} ranks to a copy do not divide the {world.size} ranks of the run; "
+            f"{fitting} do"
+        )
+    if share == world.size:  # no copies, so no sums over them
+        return init_device_mesh(world.device.type, (share,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (world.size // share, share), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(
@@ -81,22 +152,36 @@ def shard(
     settings: ParallelSettings,
     frozen: bool = False,
     mesh: DeviceMesh | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
-    """Shard each part (backbone, heads) over all ranks, each of its blocks by itself; does nothing with one rank.
+    """Shard each part (backbone, heads) over the ranks, each of its blocks by itself; does nothing with one rank.
 
     The parts are called one by one, so each is a root; the dict around them is not. A frozen network sees no backward
     pass after which its shards would be put back, so they are after each forward pass. Several networks share one
-    `mesh`; a network alone may leave it out.
+    `mesh`; a network alone may leave it out. With bf16 the ranks send each other bfloat16 weights and float32
+    gradients; inputs are `pretrain.precision.in_bf16`'s to cast.
     """
     if mesh is None:
         mesh = make_mesh(world, settings)
     if mesh is None:
         return
-    reshard = frozen or settings.sharding == "full"
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    apart = mesh.size(mesh.ndim - 1) > 1
     for part in parts.values():
-        for block in _blocks(part):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+        for module in [*_blocks(part), part]:
+            fully_shard(module, mesh=mesh, reshard_after_forward=frozen or apart, mp_policy=policy)
+        if apart:
+            _prefetch(cast("list[FSDPModule]", [part, *_blocks(part)]))
+
+
+def _prefetch(modules: Sequence[FSDPModule]) -> None:
+    """Gather the weights of the next block while one computes, in both directions."""
+    for before, after in pairwise(modules):
+        before.set_modules_to_forward_prefetch([after])
+    for before, after in pairwise(modules[1:]):
+        after.set_modules_to_backward_prefetch([before])
 
 
 def reduce_gradients(student: nn.Module, now: bool) -> None:

@@ -176,11 +176,14 @@ class Schedules:
     lr: Schedule
     weight_decay: Schedule
     freeze_last_layer: int = 0  # first steps in which the prototypes of the heads have learning rate zero
+    freeze_backbone: int = 0  # first steps in which the backbone does not move
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Sets learning rate and weight decay of every group, by the group's own multipliers."""
         lr, decay = self.lr(step), self.weight_decay(step)
         for group in optimizer.param_groups:
-            frozen = group["is_last_layer"] and step < self.freeze_last_layer
-            group["lr"] = 0.0 if frozen else lr * group["lr_multiplier"]
+            still = group["is_last_layer"] and step < self.freeze_last_layer
+            # Prototypes keep their gradients meanwhile, as in DINOv3; a backbone that stands still has none to keep.
+            group["frozen"] = bool(group.get("is_backbone")) and step < self.freeze_backbone
+            group["lr"] = 0.0 if still or group["frozen"] else lr * group["lr_multiplier"]
             group["weight_decay"] = decay * group["wd_multiplier"]

@@ -14,6 +14,7 @@ from pretrain.methods import Source
 from pretrain.models.vit import VitSettings
 from pretrain.optim import OptimSettings
 from pretrain.parallel import ParallelSettings
+from pretrain.precision import Residual
 from pretrain.watchdog import WatchdogSettings
 
 __all__ = ["LogSettings", "Settings"]
@@ -41,7 +42,10 @@ class Settings(launch.settings.Settings):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="bf16: matrix products in bfloat16; weights and losses stay fp32"
+        "bf16", description="bf16: networks compute in bfloat16; weights, optimizer, averages and losses stay fp32"
+    )
+    residual: Residual = Field(
+        "bf16", description="stream of tokens between blocks, with precision: bf16; fp32: exact sums, more memory"
     )
     init_from: Source | None = Field(
         None, description="weights to start from, for student and teacher; null: fresh ones"
@@ -86,7 +90,7 @@ class Settings(launch.settings.Settings):
         return LoopSettings(
             steps=self.steps,
             seed=self.seed,
-            precision=self.precision,
+            precision="fp32",  # the networks compute in bf16 by themselves; the loop's autocast would undo their norms
             accumulate=self.accumulate,
             clip=self.clip,
             log_every=self.log.every,

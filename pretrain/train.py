@@ -23,6 +23,7 @@ from pretrain.meter import LoopError
 from pretrain.methods import Trainable, build_method
 from pretrain.optim import build_optimizer
 from pretrain.parallel import compile_blocks, fill, make_mesh, place, recompute_blocks, shard
+from pretrain.precision import in_bf16
 from pretrain.settings import Settings
 
 __all__ = ["build_method", "dry_run", "main", "place_method", "summary"]
@@ -112,11 +113,12 @@ def place_method(method: Trainable, settings: Settings, here: World) -> None:
     for network in method.networks.values():
         trained = network is method.student
         for part in network.values():
-            if settings.parallel.recompute and trained:
-                recompute_blocks(part)
+            if settings.precision == "bf16":
+                in_bf16(part, settings.residual, cast_parameters=mesh is None)
+            recompute_blocks(part, settings.parallel.recompute if trained else "none")
             if settings.parallel.compile:
                 compile_blocks(part)
-        shard(network, here, settings.parallel, frozen=not trained, mesh=mesh)
+        shard(network, here, settings.parallel, frozen=not trained, mesh=mesh, precision=settings.precision)
         place(network, here.device)
     method.placed()
 
@@ -140,7 +142,8 @@ def _about(settings: Settings, corpus: Corpus) -> dict[str, Any]:
 def summary(settings: Settings, method: Trainable, flops: float) -> str:
     """Describe the run: parameters by part, the work of a step, and each derived number with its reason."""
     optim, batch = settings.optim, settings.data.batch_size
-    lr = optim.schedules(settings.steps, batch).lr
+    schedules = optim.schedules(settings.steps, batch)
+    lr, still = schedules.lr, schedules.freeze_backbone
     factor = f"{optim.lr.peak:.3g} x 4 sqrt({batch} / 1024)" if optim.lr_rule == "sqrt_wrt_1024" else "as given"
     frozen = [name for name, network in method.networks.items() if network is not method.student]
     counts = [f"{name} {parameter_count(method.networks[name])[''] / 1e6:.1f} M" for name in frozen]
@@ -152,5 +155,6 @@ def summary(settings: Settings, method: Trainable, flops: float) -> str:
             f"a step: {batch} slices, {flops / 1e12:.3g} TFLOP ({flops / batch / 1e9:.3g} GFLOP a slice)",
             f"learning rate at its peak: {lr.peak:.3g} = {factor} (optim.lr_rule: {optim.lr_rule})",
             f"the run: {settings.steps} steps, {settings.steps * batch:,} slices seen",
+            *([f"the backbone stands still for the first {still} steps (optim.freeze_backbone)"] if still else []),
         ]
     )

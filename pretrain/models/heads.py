@@ -59,10 +59,11 @@ class DinoHead(nn.Module):
         bf16's rounding a factor.
         """
         if not only_last:
-            x = F.normalize(self.mlp(x), dim=-1)
+            x = self.mlp(x)
+            x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         if no_last:
             return x
         if torch.is_grad_enabled() or x.dtype == torch.float64:
-            return self.last_layer(x)  # type: ignore[no-any-return]
+            return self.last_layer(x.to(self.last_layer.weight.dtype))  # type: ignore[no-any-return]
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.last_layer.weight.float())

@@ -163,3 +163,33 @@ def test_two_ranks_step_as_one(tmp_path: Path, mesh: tuple[int, ...]) -> None:
             torch.testing.assert_close(
                 found[name], value, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def test_a_backbone_stands_still_while_new_heads_learn() -> None:
+    """As if it had no gradient: its averages begin with its first step, the heads and their clipping see nothing."""
+    settings = OptimSettings(lr={"peak": 1e-2}, lr_rule="none", freeze_backbone=0.5, weight_decay=0.1)
+    frozen, fixed = _student(), _student()
+    fixed["backbone"].requires_grad_(False)
+    start = [p.clone() for p in frozen["backbone"].parameters()]
+
+    def step(student: nn.ModuleDict, optimizer: torch.optim.Optimizer, number: int) -> dict[str, Tensor]:
+        settings.schedules(4, 1).apply(optimizer, number)
+        optimizer.zero_grad()
+        student["dino_head"](student["backbone"](_crops()[0]).cls).square().mean().backward()  # type: ignore[no-untyped-call]
+        norms = clip_gradients(student, 1e-3)
+        optimizer.step()
+        return norms
+
+    optimizer, other = build_optimizer(frozen, settings), build_optimizer(fixed, settings)
+    for number in range(2):
+        norms = step(frozen, optimizer, number)
+        assert norms["backbone"] > 0, "measured all the same, so that a step that is not finite is still found"
+        assert norms["dino_head"] == step(fixed, other, number)["dino_head"]
+    for a, b in zip(frozen["dino_head"].parameters(), fixed["dino_head"].parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(start, frozen["backbone"].parameters(), strict=True))
+    assert not [p for p in frozen["backbone"].parameters() if p in optimizer.state]
+    step(frozen, optimizer, 2)
+    assert not torch.equal(start[0], next(frozen["backbone"].parameters()))
+    assert {int(optimizer.state[p]["step"]) for p in frozen["backbone"].parameters() if p in optimizer.state} == {1}
+    assert {int(optimizer.state[p]["step"]) for p in frozen["dino_head"].parameters()} == {3}
