@@ -14,6 +14,7 @@ from pretrain.methods import Source
 from pretrain.models.vit import VitSettings
 from pretrain.optim import OptimSettings
 from pretrain.parallel import ParallelSettings
+from pretrain.watch.settings import WatchSettings
 
 __all__ = ["LogSettings", "Settings"]
 
@@ -54,6 +55,7 @@ class Settings(launch.settings.Settings):
     parallel: ParallelSettings = Field(ParallelSettings(), description="sharding, compilation, recomputation")
     checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="when checkpoints are written and kept")
     log: LogSettings = Field(LogSettings(), description="lines, metrics.jsonl, TensorBoard")
+    watch: WatchSettings = Field(WatchSettings(), description="what is looked at beside the loss")
     clip: float | None = Field(
         3.0, gt=0, description="largest gradient norm, of backbone and each head on its own; null: no clipping"
     )
@@ -83,4 +85,5 @@ class Settings(launch.settings.Settings):
             log_every=self.log.every,
             gc_every=self.gc_every,
             max_bad=self.max_bad,
+            validate_every=self.watch.period,
         )
