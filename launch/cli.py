@@ -77,7 +77,7 @@ VERBS = {
 # What may change when a run goes on: how fast and where it is, what is told of it, and how long (schedules follow).
 FREE = (
     "steps", "device", "workers", "data.workers", "patches.workers", "prepare_workers", "timeout_s", "memory_gib",
-    "extend", "parallel", "checkpoint", "log",
+    "extend", "parallel", "checkpoint", "log", "watch",
 )  # fmt: skip
 
 OPTIONS = {

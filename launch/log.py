@@ -90,6 +90,21 @@ class Log:
             self._board.add(step, numbers | {f"speed/{name}": value for name, value in known.items()})
         self.event(step_line(step, total, values, terms, known))
 
+    def numbers(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        """Log numbers of a step that are not for its line: a row of their own in metrics.jsonl, and TensorBoard."""
+        if not self.active:
+            return
+        assert self._metrics is not None
+        row = {"step": step, "total": total, "at": now(), **values}
+        self._metrics.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        if self._board is not None:
+            self._board.add(step, values)
+
+    def image(self, step: int, tag: str, png: bytes, size: tuple[int, int]) -> None:
+        """Show a picture of ``size`` (rows, columns) in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(step, tag, png, size)
+
     def event(self, text: str) -> None:
         """Say something that is not a step: a checkpoint, a validation, a bad sample."""
         if self.active:
@@ -168,7 +183,15 @@ class _Board:
             self._writer.add_event(event_pb2.Event(session_log=start, step=resume_step, wall_time=time.time()))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        rows = [self._summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(step, [self._summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+
+    def add_image(self, step: int, tag: str, png: bytes, size: tuple[int, int]) -> None:
+        image = self._summaries.Summary.Image(
+            height=size[0], width=size[1], colorspace=3, encoded_image_string=png
+        )  # 3: RGB
+        self._write(step, [self._summaries.Summary.Value(tag=tag, image=image)])
+
+    def _write(self, step: int, rows: list[Any]) -> None:
         summary = self._summaries.Summary(value=rows)
         self._writer.add_event(self._events.Event(summary=summary, step=step, wall_time=time.time()))
 

@@ -15,6 +15,7 @@ from pretrain.models.vit import VitSettings
 from pretrain.optim import OptimSettings
 from pretrain.parallel import ParallelSettings
 from pretrain.precision import Residual
+from pretrain.watch.settings import WatchSettings
 from pretrain.watchdog import WatchdogSettings
 
 __all__ = ["LogSettings", "Settings"]
@@ -59,6 +60,7 @@ class Settings(launch.settings.Settings):
     parallel: ParallelSettings = Field(ParallelSettings(), description="sharding, compilation, recomputation")
     checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="when checkpoints are written and kept")
     log: LogSettings = Field(LogSettings(), description="lines, metrics.jsonl, TensorBoard")
+    watch: WatchSettings = Field(WatchSettings(), description="what is looked at beside the loss")
     accumulate: int = Field(
         1,
         ge=1,
@@ -96,5 +98,6 @@ class Settings(launch.settings.Settings):
             log_every=self.log.every,
             gc_every=self.gc_every,
             max_bad=self.max_bad,
+            validate_every=self.watch.period,
             watchdog=self.watchdog,
         )

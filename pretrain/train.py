@@ -18,13 +18,14 @@ from launch.run import Outcome, Stopped
 from pretrain.checkpoint import Checkpoints
 from pretrain.data.stream import batches, check
 from pretrain.flops import flops_per_step, peak_flops
-from pretrain.loop import Guard, train
+from pretrain.loop import Ended, Guard, train
 from pretrain.meter import LoopError
 from pretrain.methods import Trainable, build_method
 from pretrain.optim import build_optimizer
 from pretrain.parallel import compile_blocks, fill, make_mesh, place, recompute_blocks, shard
 from pretrain.precision import in_bf16
 from pretrain.settings import Settings
+from pretrain.watch.watch import Prepared, Watch, prepare
 
 __all__ = ["build_method", "dry_run", "main", "place_method", "summary"]
 
@@ -38,6 +39,7 @@ def main(settings: Settings) -> Outcome:
         say: Callable[[str], None] = print if here.rank == 0 else _silent
         check(settings.data, here.size, settings.model.patch_size)
         _check_parts(settings, here)
+        seen = prepare(settings.watch, settings.data, settings.model.patch_size, corpus, here, say)
         torch.set_float32_matmul_precision("high" if settings.precision == "bf16" else "highest")
         guard = Guard(here.device)
         method = build_method(settings, guard)
@@ -72,13 +74,33 @@ def main(settings: Settings) -> Outcome:
         schedules = settings.optim.schedules(settings.steps, settings.data.batch_size)
         share, peak = flops / here.size, peak_flops(here.device, settings.precision)
         try:
+            watch = _watch(seen, method, settings, log, here, start)
             ended = train(
-                method, stream, optimizer, schedules, checkpoints, log, here, settings.loop,
+                method, stream, optimizer, schedules, checkpoints, log, here, settings.loop, watch,
                 guard=guard, flops=share, peak=peak,
             )  # fmt: skip
+            if watch is not None:
+                watch.end(ended.step)
         finally:
             stream.close()
             log.close()
+    return _outcome(settings, ended)
+
+
+def _watch(
+    seen: Prepared | None, method: Trainable, settings: Settings, log: Log, here: World, start: int
+) -> Watch | None:
+    """Begin to watch a run that is new or goes on after `start` steps."""
+    if seen is None:
+        return None
+    channels = settings.model.in_channels
+    watch = Watch(seen, method, log, here, folder=settings.folder, in_channels=channels, steps=settings.steps)
+    watch.begin(start)
+    return watch
+
+
+def _outcome(settings: Settings, ended: Ended) -> Outcome:
+    """What was made; Stopped if a signal ended it."""
     if ended.stopped_by:
         raise Stopped(
             f"stopped by {ended.stopped_by} after step {ended.step} of {settings.steps}, saved; "

@@ -1,0 +1,96 @@
+"""The slices that a run is watched on: the same from its first step to its last, whole and as training crops."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_curation.box import BODY_HU
+from data_curation.corpus import CorpusError
+from pretrain.data.batch import Batch
+from pretrain.data.crops import crop_slice, draw_crops
+from pretrain.data.masks import draw_masks
+from pretrain.data.stream import DataSettings, Slices
+from pretrain.watch.patches import on_body, resize_image
+
+__all__ = ["Reference", "reference"]
+
+_BODY = 0.1  # share of a slice that must show a body, where the corpus has enough of such
+_TRIES = 8  # slices looked at for each that is needed
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Chosen slices on the CPU. The shape of the crops is that of the run, the first of a mix."""
+
+    whole: Tensor  # float32 [S, 1, H, H], normalised: the largest central square, neither flipped nor distorted
+    body: Tensor  # bool [S, N]: patches on the body
+    batch: Batch  # the slices as training crops, one channel
+    side: int  # patches a side of `whole`, and of the batch's global crops
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The checksum of each slice's pixels: what was watched, whatever its place in the corpus."""
+        return self.batch.keys
+
+
+def reference(
+    slices: Slices, data: DataSettings, patch_size: int, count: int, seed: int, say: Callable[[str], None]
+) -> Reference:
+    """Choose `count` slices of the corpus by `seed`, the same on every rank and after every restart.
+
+    Slices that show little body are passed over while there are others; unreadable ones are passed over and told.
+    Raises CorpusError where none can be read.
+    """
+    chosen = _chosen(slices, min(count, len(slices)), seed, say)
+    shape, settings, window = data.crops.shapes[0], data.crops, data.window
+    size = (shape.global_size, shape.global_size)
+    whole, crops = [], []
+    for number, hu in enumerate(chosen):
+        side = min(hu.shape)
+        top, left = ((n - side) // 2 for n in hu.shape)
+        square = torch.from_numpy(hu[top : top + side, left : left + side].copy())[None, None]
+        whole.append(resize_image(window.apply(square), size))
+        draws = draw_crops(settings, *hu.shape, seed=seed, sample=number)
+        crops.append(crop_slice(hu, draws, settings, shape, window))
+    images, grid = torch.cat(whole), shape.global_size // patch_size
+    masking = data.masks.model_copy(update={"group": None})
+    masks = draw_masks(masking, (grid, grid), len(chosen), seed=seed, step=0, rank=0)
+    batch = Batch(
+        torch.stack([crop.globals_ for crop in crops], 1).flatten(0, 1)[:, None],
+        torch.stack([crop.locals_ for crop in crops], 1).flatten(0, 1)[:, None],
+        None,
+        masks.masks,
+        masks.indices,
+        masks.weights,
+        tuple(f"{zlib.crc32(hu.tobytes()):08x}" for hu in chosen),
+    )
+    return Reference(images, on_body(images, window, patch_size), batch, grid)
+
+
+def _chosen(slices: Slices, count: int, seed: int, say: Callable[[str], None]) -> list[NDArray[np.int16]]:
+    good: list[NDArray[np.int16]] = []
+    other: list[NDArray[np.int16]] = []
+    fault: CorpusError | None = None
+    rng = np.random.default_rng([seed, 0])
+    candidates = rng.choice(len(slices), size=min(len(slices), _TRIES * count), replace=False)
+    for index in candidates.tolist():
+        try:
+            hu = slices.hu(index)
+        except CorpusError as error:
+            say(f"watch: {error}; another slice is watched in its place")
+            fault = error
+            continue
+        shows = float((hu > BODY_HU).mean()) >= _BODY
+        (good if shows else other).append(hu)
+        if len(good) == count:
+            break
+    if not good and not other and fault is not None:
+        raise fault
+    return (good + other)[:count]
