@@ -15,7 +15,7 @@ from pretrain.schedule import Length, NotNegative, Schedule, Schedules, scale_lr
 
 __all__ = ["Multipliers", "OptimSettings", "build_optimizer", "clip_gradients", "multipliers", "param_groups"]
 
-_TOKENS = ("cls_token", "storage_tokens", "mask_token")
+_TOKENS = ("cls_token", "storage_tokens", "mask_token", "pos_embed")
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

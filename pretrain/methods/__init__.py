@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -29,9 +29,12 @@ States = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 class Source(Settings):
     """Weights to start from; a plain path will do."""
 
-    path: Path = Field(description="run folder, checkpoint, export, or published DINOv3 or MedDINOv3 file")
+    path: Path = Field(description="run folder, checkpoint, export, or published file or Hugging Face folder of a ViT")
     step: int | None = Field(None, ge=0, description="step of a run's checkpoint; null: its newest")
     heads: bool = Field(True, description="take the heads too, where the source has them")
+    registers: Literal["file", "fresh"] = Field(
+        "file", description="fresh: draw the registers anew, where the source has none, or another number of them"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from pretrain.methods import Source, States
 from pretrain.models.vit import Features, VitSettings
 from pretrain.models.vit import build as build_vit
 from pretrain.parallel import initialised
-from pretrain.released import Released, ReleasedError, fit, read
+from pretrain.released import Released, ReleasedError, fit, is_run, read
 from pretrain.schedule import Momentum, Schedule
 
 __all__ = ["GramTeacher", "SelfDistillation", "Settings", "build"]
@@ -173,11 +173,12 @@ class SelfDistillation:
         states: dict[str, Mapping[str, Mapping[str, Tensor]]] = {"student": fresh, "teacher": fresh}
         if source is not None:
             # A run has both; a file is one network, read once for both.
-            both = (("student",), ("teacher",)) if source.path.is_dir() else (("student", "teacher"),)
+            both = (("student",), ("teacher",)) if is_run(source.path) else (("student", "teacher"),)
+            registers = fresh["backbone"] if source.registers == "fresh" else None
             for names in both:
                 found = read(source.path, source.step, names[0])
                 say(f"{' and '.join(names)}:")
-                taken = {"backbone": fit(found, self._model, say), **_heads(found, fresh, source, say)}
+                taken = {"backbone": fit(found, self._model, say, registers), **_heads(found, fresh, source, say)}
                 states |= dict.fromkeys(names, taken)
         if self.gram_teacher is not None:
             gram = self._settings.gram_teacher

@@ -74,7 +74,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """Stream [T, D] to stream [T, D]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each [T, heads, head dim]
-        q, k = _rotate(q, packing), _rotate(k, packing)
+        if packing.tables:  # none with absolute positions
+            q, k = _rotate(q, packing), _rotate(k, packing)
         return self.proj(packed_attention(q, k, v, packing.groups).flatten(1))  # type: ignore[no-any-return]
 
 

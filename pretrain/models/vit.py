@@ -1,7 +1,8 @@
 """The vision transformer of DINOv3: rotary positions, registers, and crops of several sizes in one stream of tokens.
 
-State-dict keys are those of the released DINOv3 files. Made on the meta device, it takes memory only at ``to_empty``
-and numbers only at ``init_weights`` (or from a checkpoint), which leave nothing unfilled.
+State-dict keys are those of the released DINOv3 files, and `pos_embed` where positions are a table as in DINOv2. Made
+on the meta device, it takes memory only at ``to_empty`` and numbers only at ``init_weights`` (or from a checkpoint),
+which leave nothing unfilled.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.export import register_dataclass
 from launch.settings import Settings
 from pretrain.models.attention import Group
 from pretrain.models.layers import Attention, Block, KMaskedLinear, LayerScale, Mlp, Packing, SwiGlu, init_linear
+from pretrain.models.positions import PositionSettings, add_positions, init_positions, positions_shape
 from pretrain.models.rope import Rope, RopeSettings
 
 __all__ = ["SIZES", "Features", "VisionTransformer", "VitSettings", "build"]
@@ -52,7 +54,10 @@ class VitSettings(Settings):
     untie_global_and_local_cls_norm: bool = Field(
         False, description="own final norm for those of local crops, in training"
     )
-    rope: RopeSettings = Field(RopeSettings(), description="positions")
+    rope: RopeSettings = Field(RopeSettings(), description="positions that turn q and k, where `positions` is null")
+    positions: PositionSettings | None = Field(
+        None, description="positions that are added to the tokens, as in DINOv2, MAE, MoCo v3 and iBOT; null: rope"
+    )
 
     @model_validator(mode="after")
     def _shape_is_whole(self) -> VitSettings:
@@ -108,6 +113,8 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """Crops in, `Features` out; a list of crops of different sizes goes through as one stream."""
 
+    pos_embed: Tensor  # only with `positions`
+
     def __init__(self, settings: VitSettings) -> None:
         super().__init__()
         s = self.settings = settings
@@ -118,7 +125,13 @@ class VisionTransformer(nn.Module):
             self.storage_tokens = nn.Parameter(torch.empty(1, s.registers, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_embed = PatchEmbed(s.in_channels, dim, s.patch_size)
-        self.rope_embed = Rope(dim // heads, s.rope)
+        self.rope_embed = Rope(dim // heads, s.rope) if s.positions is None else None
+        if s.positions is not None:
+            table = torch.full(positions_shape(s.positions, dim), math.nan)
+            if s.positions.fixed:  # a buffer, so that nothing trains it
+                self.register_buffer("pos_embed", table)
+            else:
+                self.pos_embed = nn.Parameter(table)
         self.blocks = nn.ModuleList(_block(s) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, s.norm_eps)
         self.cls_norm = nn.LayerNorm(dim, s.norm_eps) if s.untie_cls_and_patch_norms else None
@@ -146,6 +159,8 @@ class VisionTransformer(nn.Module):
         if self.registers:
             self.storage_tokens.normal_(0, 0.02, generator=generator)
         self.mask_token.zero_()
+        if self.settings.positions is not None:
+            init_positions(self.pos_embed, self.settings.positions, generator)
 
     @overload
     def forward(self, crops: Tensor, masks: Tensor | None = None) -> Features: ...
@@ -203,7 +218,7 @@ class VisionTransformer(nn.Module):
 
     def _packing(self, groups: tuple[Group, ...], grids: list[tuple[int, int]]) -> Packing:
         """Asked for before each block: with augmentation, each block and group gets its own draw of positions."""
-        return Packing(groups, tuple(self.rope_embed(*grid) for grid in grids))
+        return Packing(groups, () if self.rope_embed is None else tuple(self.rope_embed(*grid) for grid in grids))
 
     def _tokens(
         self, crops: list[Tensor], masks: list[Tensor | None]
@@ -212,13 +227,13 @@ class VisionTransformer(nn.Module):
         streams, groups, grids = [], [], []
         for images, mask in zip(crops, masks, strict=True):
             self._check(images)
-            tokens = self._embed(images, mask)
-            groups.append(Group(*tokens.shape[:2]))
             grids.append((images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size))
+            tokens = self._embed(images, mask, grids[-1])
+            groups.append(Group(*tokens.shape[:2]))
             streams.append(tokens.flatten(0, 1))
         return streams[0] if len(streams) == 1 else torch.cat(streams), tuple(groups), grids
 
-    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+    def _embed(self, images: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Class token, registers and patches of each image: [B, 1 + R + N, D]."""
         patches = self.patch_embed(images)
         cls: Tensor = self.cls_token
@@ -226,6 +241,8 @@ class VisionTransformer(nn.Module):
             cls = cls + 0 * self.mask_token  # so that the mask token has a gradient in every step on every rank
         else:
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+        if self.settings.positions is not None:
+            cls, patches = add_positions(self.pos_embed, self.settings.positions, cls, patches, grid)
         prefix = [cls, self.storage_tokens] if self.registers else [cls]
         return torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), patches], dim=1)
 
