@@ -158,7 +158,8 @@ def fit(
         notes.append(f"registers: {settings.registers} drawn anew, {released.settings.registers} of the file dropped")
         have.pop("storage_tokens", None)
         have |= {name: fresh[name] for name in wanted if name == "storage_tokens"}
-    wrong, remedy = differences(released.settings, settings, have, wanted, fresh is None, released.assumed)
+    ignored = (*released.assumed, *(["registers"] if fresh is not None else []))
+    wrong, remedy = differences(released.settings, settings, have, wanted, ignored)
     made: dict[str, str] = {}
     for name in [] if wrong else sorted(wanted.keys() - have.keys()):
         found = _made(name, wanted[name], have, settings)

@@ -159,7 +159,7 @@ class Named:
     family: Family
     state: dict[str, Tensor]
     heads: dict[str, dict[str, Tensor]]
-    prefix: str  # was before every key
+    prefix: str  # was before every key, wrappers included
     renamed: tuple[str, ...]  # "old -> new"
     dropped: tuple[str, ...]  # old names
 
@@ -191,16 +191,19 @@ def name_tensors(weights: Weights) -> Named:
         elif not clean.startswith(prefix) or re.fullmatch(family.drops, clean.removeprefix(prefix)):
             dropped.append(name)
         else:
-            new = _renamed(clean.removeprefix(prefix), family)
+            old = clean.removeprefix(prefix)
+            new = _renamed(old, family)
             state[new] = weights.tensors[name]
-            renamed += [f"{name} -> {new}"] if prefix + new != name else []
+            if old != new or not name.endswith(old):
+                renamed.append(f"{old if name.endswith(old) else name} -> {new}")
     if len(weights.tensors) != len(state) + len(dropped) + sum(map(len, heads.values())):
         raise ReleasedError(f"{weights.path} has several tensors of one name but for a wrapper's; save one of them")
     _join_qkv(weights, state)
     _split_gates(state)
     if state.get("mask_token", torch.empty(0)).ndim == 3:
         state["mask_token"] = state["mask_token"][0]
-    return Named(family, state, heads, prefix, tuple(renamed), tuple(dropped))
+    start = raw.get(prefix + "cls_token", raw.get(prefix + "embeddings.cls_token", "")).removesuffix("cls_token")
+    return Named(family, state, heads, start.removesuffix("embeddings."), tuple(renamed), tuple(dropped))
 
 
 def _renamed(name: str, family: Family) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import pydantic
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.layers import k_mask
+from pretrain.models.positions import PositionSettings
 from pretrain.models.vit import SIZES, VitSettings
 from pretrain.released_files import ReleasedError, Weights
 from pretrain.released_keys import Named
@@ -165,72 +167,62 @@ def differences(
     wanted: VitSettings,
     state: Mapping[str, Tensor],
     model: Mapping[str, Tensor],
-    registers: bool,
-    assumed: tuple[str, ...],
+    ignored: tuple[str, ...],
 ) -> tuple[list[str], str]:
-    """The settings by which a model of `wanted` cannot be the file's: a line each, and what to write to fit it.
+    """The settings by which a model of `wanted` cannot be the file's, `own`: a line each, and what to write to fit it.
 
-    `state` are the file's tensors, `model` those of the model; `registers` says whether their number must be equal.
+    `state` are the file's tensors, `model` those of the model; settings that are `ignored` may differ.
     """
     theirs, ours = _facts(own), _facts(wanted)
-    facts = [name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name]]
-    found = {name: (ours[name], theirs[name]) for name in sorted(facts, key=list(theirs).index)}
-    if not registers:
-        found.pop("registers", None)
-    if "heads" in assumed:
-        found.pop("heads", None)
+    found = [name for name in theirs if name in ours and theirs[name] != ours[name]]
     for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w1.weight"):
         if name in state and name in model and len(state[name]) != len(model[name]) and "width" not in found:
-            found["ffn_ratio"] = (wanted.ffn_ratio, own.ffn_ratio)
+            found.append("ffn_ratio")
     biases = [tensor for name, tensor in state.items() if name.endswith("attn.qkv.bias")]
+    turned = own.positions is None and wanted.positions is None and wanted.qkv_bias
     if not wanted.qkv_bias and any(bias.any() for bias in biases):
-        found["qkv_bias"] = (False, True)
+        found.append("qkv_bias")
     # Without rotation a bias of k would add the same to every score of a query: nothing.
-    turned = wanted.qkv_bias and wanted.positions is None
     if turned and wanted.mask_k_bias and not own.mask_k_bias and any(bias.chunk(3)[1].any() for bias in biases):
-        found["mask_k_bias"] = (True, False)
+        found.append("mask_k_bias")
     if own.untie_cls_and_patch_norms and not wanted.untie_cls_and_patch_norms:
-        found["untie_cls_and_patch_norms"] = (False, True)
-    lines = [f"model.{name} is {_text(mine)}, the file's is {_text(its)}" for name, (mine, its) in found.items()]
+        found.append("untie_cls_and_patch_norms")
+    found = [name for name in found if name not in ignored]
+    lines = [f"model.{name} is {_text(wanted, name)}, the file's is {_text(own, name)}" for name in found]
     return lines, _remedy(own, wanted, found) if found else ""
 
 
 def _facts(s: VitSettings) -> dict[str, Any]:
     """What must be equal, by the names of the settings."""
     facts: dict[str, Any] = dict(zip(("width", "depth", "heads"), s.shape, strict=True))
-    facts |= {"patch_size": s.patch_size, "registers": s.registers, "ffn": "mlp" if s.ffn == "mlp" else "swiglu"}
-    facts["layerscale"] = "null" if s.layerscale is None else "there"
-    if s.positions is None:
-        rope = {f"rope.{name}": getattr(s.rope, name) for name in ("base", "min_period", "max_period", "normalize")}
-        return facts | {"positions": None} | rope
-    table = {f"positions.{name}": getattr(s.positions, name) for name in ("grid", "on_cls")}
-    return facts | {"positions": "a table"} | table
+    facts |= {"patch_size": s.patch_size, "registers": s.registers, "ffn": s.ffn == "mlp"}
+    facts |= {"layerscale": s.layerscale is None, "positions": s.positions is None}
+    if s.positions is not None:
+        return facts | {f"positions.{name}": getattr(s.positions, name) for name in ("grid", "on_cls")}
+    return facts | {f"rope.{name}": getattr(s.rope, name) for name in ("base", "min_period", "max_period", "normalize")}
 
 
-def _text(value: Any) -> str:
-    """As YAML has it."""
+def _text(settings: VitSettings, name: str) -> str:
+    """A setting's value as YAML has it."""
+    sizes = dict(zip(("width", "depth", "heads"), settings.shape, strict=True))
+    value = sizes.get(name) or attrgetter(name)(settings)
+    if isinstance(value, PositionSettings):
+        given = value.model_dump(mode="json", exclude_defaults=True)
+        return "{" + ", ".join(f"{key}: {json.dumps(given[key])}" for key in given) + "}"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
-def _remedy(own: VitSettings, wanted: VitSettings, found: Mapping[str, Any]) -> str:
+def _remedy(own: VitSettings, wanted: VitSettings, found: list[str]) -> str:
     """The overrides after which the model is the file's."""
-    words = []
-    if {"width", "depth", "heads"} & found.keys():
-        shape = dict(zip(("width", "depth", "heads"), own.shape, strict=True)) if own.size == "custom" else {}
-        named = {name: "null" for name in ("width", "depth", "heads") if wanted.size == "custom"}
-        words += [f"model.size={own.size}", *(f"model.{name}={value}" for name, value in (named | shape).items())]
-    for name, (_, its) in found.items():
-        if name == "layerscale":
-            words.append(f"model.layerscale={'null' if own.layerscale is None else f'{own.layerscale:g}'}")
-        elif name == "positions":
-            table = own.positions
-            inside = "" if table is None else ", ".join(f"{n}: {_text(v)}" for n, v in table.model_dump().items())
-            words.append(f"'model.positions={{{inside}}}'" if table is not None else "model.positions=null")
-        elif name not in ("width", "depth", "heads"):
-            words.append(f"model.{name}={_text(its)}")
-    text = f"\nto fit it, write {' '.join(words)}"
+    sizes, words = ("width", "depth", "heads"), []
+    if set(sizes) & set(found):
+        words.append(f"model.size={own.size}")
+        if "custom" in (own.size, wanted.size):
+            words += [f"model.{name}={_text(own, name) if own.size == 'custom' else 'null'}" for name in sizes]
+    words += [f"model.{name}={_text(own, name)}" for name in found if name not in sizes]
+    text = "\nto fit it, write " + " ".join(f"'{word}'" if " " in word or "{" in word else word for word in words)
     if "registers" in found:
         text += f"\nor init_from.registers=fresh, for {wanted.registers} registers drawn anew"
     return text
@@ -238,18 +230,17 @@ def _remedy(own: VitSettings, wanted: VitSettings, found: Mapping[str, Any]) -> 
 
 def doubts(own: VitSettings, wanted: VitSettings, assumed: tuple[str, ...]) -> list[str]:
     """Warnings of settings by which a model of `wanted` computes not quite what the file's does."""
-    soft = {"norm_eps": (wanted.norm_eps, own.norm_eps)}
+    soft = ["norm_eps"]
     if own.positions is not None and wanted.positions is not None:
-        for name in ("antialias", "offset"):
-            soft[f"positions.{name}"] = (getattr(wanted.positions, name), getattr(own.positions, name))
+        soft += ["positions.antialias", "positions.offset"]
     lines = [
-        f"warning: model.{name} is {_text(mine)}, that of the file {_text(its)}: not quite the same function"
-        for name, (mine, its) in soft.items()
-        if mine != its
+        f"warning: model.{name} is {_text(wanted, name)}, that of the file {_text(own, name)}: not quite the same"
+        for name in soft
+        if _text(wanted, name) != _text(own, name)
     ]
     if "heads" in assumed and wanted.shape[2] != own.shape[2]:
         lines.append(
-            f"warning: model.heads is {wanted.shape[2]}; the file does not say, models of its kind have {own.shape[2]}; "
+            f"warning: model.heads is {wanted.shape[2]}; the file does not say, its kind has {own.shape[2]}; "
             "with another number the function is another"
         )
     return lines

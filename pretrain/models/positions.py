@@ -5,6 +5,8 @@ DINOv3 has rotary positions instead (`pretrain.models.rope`); the tables are the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -75,10 +77,8 @@ def _resized(table: Tensor, settings: PositionSettings, grid: tuple[int, int]) -
 @torch.no_grad()
 def _weights(settings: PositionSettings, side: int, device: torch.device) -> Tensor:
     """What each of the table's rows counts in each of ``side`` rows: bicubic interpolation of the unit vectors."""
-    units = torch.eye(settings.grid, dtype=torch.float64, device=device)[None, :, :, None]
+    units = torch.eye(settings.grid, dtype=torch.float64, device=device)[None, None]
+    how: dict[str, Any] = {"size": (side, settings.grid)}
     if settings.offset:
-        scale = (side + settings.offset) / settings.grid
-        found = F.interpolate(units, scale_factor=(scale, 1.0), mode="bicubic", antialias=settings.antialias)
-    else:
-        found = F.interpolate(units, size=(side, 1), mode="bicubic", antialias=settings.antialias)
-    return found[0, :, :, 0].T  # [side, grid]
+        how = {"scale_factor": ((side + settings.offset) / settings.grid, 1.0)}
+    return F.interpolate(units, mode="bicubic", antialias=settings.antialias, **how)[0, 0]  # [side, grid]

@@ -126,7 +126,8 @@ def test_published_forms_give_the_same_function(tmp_path: Path, form: str) -> No
     (report,) = said
     assert "38 of the model's 38 tensors come from the file" in report
     assert "deviation 178.0166, assumed: the file does not say" in report
-    assert ("renamed none" in report) == (form != "wrapped")
+    assert "renamed none" in report
+    assert ("prefix 'module.backbone._checkpoint_wrapped_module.'" in report) == (form == "wrapped")
     assert ("heads   dino_head" in report) == (form == "teacher")
 
 
