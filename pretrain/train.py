@@ -19,7 +19,7 @@ from launch.distributed import World, world
 from launch.log import Log
 from launch.run import Outcome, Stopped
 from launch.settings import plugins
-from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint import Checkpoints, checkpoint_bytes
 from pretrain.data.batch import Batch
 from pretrain.data.crops import CropShape
 from pretrain.data.masks import target_counts
@@ -166,6 +166,8 @@ def summary(settings: Settings, method: Trainable, flops: float) -> str:
             f"a step: {batch} slices, {flops / 1e12:.3g} TFLOP ({flops / batch / 1e9:.3g} GFLOP a slice)",
             f"learning rate at its peak: {lr.peak:.3g} = {factor} (optim.lr_rule: {optim.lr_rule})",
             f"the run: {settings.steps} steps, {settings.steps * batch:,} slices seen",
+            f"a checkpoint: {checkpoint_bytes(method) / 2**30:.2f} GiB on the disk"
+            + (", and in host memory, shared by the ranks (checkpoint.background)" * settings.checkpoint.background),
         ]
     )
 
