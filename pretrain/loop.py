@@ -22,7 +22,7 @@ from launch.distributed import World
 from launch.log import Log
 from launch.settings import Settings
 from pretrain.checkpoint import Checkpoints
-from pretrain.meter import Meter
+from pretrain.meter import LoopError, Meter
 from pretrain.optim import clip_gradients
 from pretrain.parallel import reduce_gradients
 from pretrain.schedule import Schedules
@@ -158,6 +158,16 @@ def _differentiate(
     return names, torch.stack(means).sum(0)
 
 
+@contextmanager
+def _finished(checkpoints: Checkpoints) -> Iterator[None]:
+    """See the checkpoint in flight to its end when the steps are no longer finite, which all ranks find together."""
+    try:
+        yield
+    except LoopError:
+        checkpoints.wait()
+        raise
+
+
 def train(
     method: Method,
     batches: Iterator[Any],
@@ -183,7 +193,7 @@ def train(
     meter = Meter(world, settings.steps, settings.max_bad, log, flops, peak)
     dog = Watchdog(checkpoints.run, world, settings.watchdog, log.event if world.rank == 0 else print)
     batches, checkpoints.tick = dog.over(batches), dog.tick
-    with Stop() as stop, _collected(), dog:
+    with Stop() as stop, _collected(), dog, _finished(checkpoints):
         for step in range(start + 1, settings.steps + 1):
             dog.begin(step)
             schedules.apply(optimizer, step - 1)

@@ -15,7 +15,7 @@ from data_curation.index import fingerprint, read_index
 from launch.distributed import World, world
 from launch.log import Log
 from launch.run import Outcome, Stopped
-from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint import Checkpoints, checkpoint_bytes
 from pretrain.data.stream import batches, check
 from pretrain.flops import flops_per_step, peak_flops
 from pretrain.loop import Ended, Guard, train
@@ -178,5 +178,7 @@ def summary(settings: Settings, method: Trainable, flops: float) -> str:
             f"learning rate at its peak: {lr.peak:.3g} = {factor} (optim.lr_rule: {optim.lr_rule})",
             f"the run: {settings.steps} steps, {settings.steps * batch:,} slices seen",
             *([f"the backbone stands still for the first {still} steps (optim.freeze_backbone)"] if still else []),
+            f"a checkpoint: {checkpoint_bytes(method) / 2**30:.2f} GiB on the disk"
+            + (", and in host memory, shared by the ranks (checkpoint.background)" * settings.checkpoint.background),
         ]
     )

@@ -1,0 +1,207 @@
+"""Kill -9 at any moment of a save: the same command goes on, and ends with the same numbers. With a Gram term."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint_files import newest, read_tensors
+from tests.gloo import RankFailed, run_ranks
+from tests.pretrain.test_train import REPOSITORY, run, stand_in
+
+STEPS = 8
+# Without draws that hang on the rank, so that other numbers of ranks make the same steps.
+SAME = "model={size: custom, width: 32, depth: 2, heads: 2, in_channels: 1, drop_path: 0}"
+
+
+def given(first: Path, steps: int = STEPS) -> tuple[str, ...]:
+    """A second run, as the recipe's: from the weights of a first, with a Gram term."""
+    return (
+        SAME, f"steps={steps}", "log.every=1", "checkpoint={every: 2, keep: 2}", f"init_from={first}",
+        "method.terms.gram.weight=2", "data.crops.gram_size=96", f"method.gram_teacher={{path: {first}, step: 2}}",
+        "parallel.sharding=full",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch.setattr)
+        run(folder, "steps=2", SAME)
+    return folder
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    found = newest(folder)
+    assert found is not None
+    return read_tensors(found, "")
+
+
+def same(one: Path, other: Path) -> None:
+    a, b = state(one), state(other)
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+    names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (one, other)]
+    assert names[0] == names[1] == [f"step_{STEPS - 2:08d}", f"step_{STEPS:08d}"]
+
+
+# Each child of a fresh interpreter runs, and is killed at its n-th call of what changes the disk.
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from pretrain import checkpoint_writer, train
+from tests.pretrain.test_kill import fatal, given
+from tests.pretrain.test_train import run, stand_in
+
+stand_in(setattr)
+folder, first, *points = sys.argv[1:]
+for point in map(int, points):
+    child = os.fork()
+    if not child:
+        fatal(point)
+        run(Path(folder), *given(Path(first)))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert point or status == 0, status
+"""
+
+
+def fatal(point: int, only: str = "", each: int = 25) -> None:
+    """Kill this process before its `point`-th change of the disk (0: never); of the writes each 25th counts.
+
+    `only` is the name of the call to count where it is not all of them.
+    """
+    from pretrain import checkpoint_writer
+
+    calls, writes = [0], [0]
+
+    def count(name: str) -> None:
+        calls[0] += only in ("", name)
+        if calls[0] == point:
+            os.write(1, f"\nbefore {name}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(place: object, name: str) -> None:
+        honest = getattr(place, name)
+
+        def call(*args: object, **more: object) -> object:
+            writes[0] += name == "write"
+            if name != "write" or writes[0] % each == 0:
+                count(name)
+            return honest(*args, **more)
+
+        setattr(place, name, call)
+
+    for name in ("mkdir", "fsync", "rename", "rmdir", "unlink"):
+        counted(os, name)
+    counted(checkpoint_writer._Stream, "write")
+
+
+def drive(folder: Path, first: Path, points: list[int]) -> list[list[str]]:
+    command = [sys.executable, "-P", "-c", DRIVER, str(folder), str(first), *map(str, points)]
+    ours = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=ours, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split() for line in done.stdout.splitlines() if line.startswith("before ")]
+
+
+@pytest.mark.parametrize(
+    ("points", "met"),
+    [
+        ([4, 7, 9, 10, 11, 12, 14, 18], {"write", "fsync", "rename"}),
+        pytest.param([*range(2, 24)], {"mkdir", "write", "fsync", "rename", "unlink", "rmdir"}, marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_killed_at_a_change_of_the_disk(tmp_path: Path, first: Path, points: list[int], met: set[str]) -> None:
+    """One kill after the other in one folder: before, amid and after writes and renames, and among the deletions."""
+    drive(tmp_path / "whole", first, [0])
+    told = drive(tmp_path / "killed", first, [*points, 0])
+    assert {line[1] for line in told if line[0] == "before"} >= met
+    assert sum(line[0] == "before" for line in told) >= 0.75 * len(points), "the run ended before it was killed"
+    same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_killed_at_any_time(tmp_path: Path, first: Path) -> None:
+    drive(tmp_path / "whole", first, [0])
+    draw = random.Random(0)
+    folder = tmp_path / "killed"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tests.pretrain.test_kill import given\n"
+        "from tests.pretrain.test_train import run, stand_in\nstand_in(setattr)\n"
+        "print('begins', flush=True)\nrun(Path(sys.argv[1]), *given(Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-P", "-c", code, str(folder), str(first)]
+    ours = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    for _ in range(20):
+        with subprocess.Popen(command, cwd=REPOSITORY, env=ours, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(draw.uniform(0.2, 4.0))
+            process.kill()
+    subprocess.run(command, cwd=REPOSITORY, env=ours, check=True)
+    same(tmp_path / "whole", folder)
+
+
+def ranks(rank: int, size: int, folder: Path, first: Path, killed: int, point: int, only: str) -> None:
+    """The run on `size` ranks, of which rank `killed` is killed before its `point`-th call of `only`."""
+    if rank == killed:
+        fatal(point, only)
+    stand_in(setattr)
+    run(folder, *given(first))
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step once"
+    return [{name: value for name, value in row.items() if name.startswith(("loss", "term/"))} for row in rows]
+
+
+def go_on(folder: Path, first: Path, size: int, killed: int = -1, point: int = 0, only: str = "") -> None:
+    kill = {"killed": killed, "point": point, "only": only}
+    run_ranks(f"{__file__}:ranks", size, folder.parent, folder=folder, first=first, **kill)
+
+
+def newest_step(folder: Path) -> int:
+    found = newest(folder)
+    return int(found.name.removeprefix("step_")) if found is not None else 0
+
+
+@pytest.fixture(scope="module")
+def two_whole(tmp_path_factory: pytest.TempPathFactory, first: Path) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "whole"
+    go_on(folder, first, 2)
+    return folder
+
+
+def test_two_ranks_with_sharding_one_of_them_killed_go_on_bit_for_bit(
+    tmp_path: Path, first: Path, two_whole: Path
+) -> None:
+    folder = tmp_path / "killed"
+    with pytest.raises(RankFailed):
+        go_on(folder, first, 2, killed=1, point=2, only="fsync")  # its part of the second checkpoint
+    assert newest_step(folder) == 2
+    go_on(folder, first, 2)
+    same(two_whole, folder)
+
+
+def test_two_ranks_then_one_then_two_make_the_same_losses(tmp_path: Path, first: Path, two_whole: Path) -> None:
+    folder = tmp_path / "mixed"
+    for size, last in ((2, 2), (1, 4)):
+        with pytest.raises(RankFailed):
+            go_on(folder, first, size, killed=0, point=4, only="rename")  # when the second checkpoint gets its name
+        assert newest_step(folder) == last
+    go_on(folder, first, 2)
+    for ours, theirs in zip(losses(folder), losses(two_whole), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
