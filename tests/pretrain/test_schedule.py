@@ -222,5 +222,5 @@ def test_a_list_has_the_value_of_each_step() -> None:
     assert OptimSettings.model_validate(settings.model_dump(mode="json")) == settings
     with pytest.raises(SettingsError, match=r"lr.*: must be 0 or greater"):
         load(OptimSettings, overrides=["lr=[1e-3, -1]"])
-    with pytest.raises(SettingsError, match="lr.values: Tuple should have at least 1 item"):
+    with pytest.raises(SettingsError, match=r"lr\.values: Tuple should have at least 1 item"):
         load(OptimSettings, overrides=["lr=[]"])
