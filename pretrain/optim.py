@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -50,7 +50,9 @@ class OptimSettings(Settings):
     def schedules(self, steps: int, batch: int) -> Schedules:
         """The schedules of a run of ``steps`` with ``batch`` images a step on all ranks together."""
         lr, factor = self.lr.over(steps), scale_lr(1.0, batch, self.lr_rule)
-        scaled = {"peak": lr.peak * factor, "start": lr.start * factor}
+        scaled: dict[str, Any] = {"peak": lr.peak * factor, "start": lr.start * factor}
+        if lr.values is not None:
+            scaled["values"] = tuple(value * factor for value in lr.values)
         if lr.end is not None:
             scaled["end"] = lr.end * (factor if lr.form == "v2" else 1.0)  # v1 leaves the end as it is
         frozen = [whole(length, steps) for length in (self.freeze_last_layer, self.freeze_backbone)]

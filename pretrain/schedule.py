@@ -1,6 +1,7 @@
 """Values that change over a run: learning rate, weight decay, temperatures, momentum, loss weights.
 
-Everything is counted in steps of this run. A plain number where a schedule is asked for is a constant.
+Everything is counted in steps of this run. Where a schedule is asked for, a plain number is a constant, and a list of
+numbers has the value of each step, the last of which stays.
 """
 
 from __future__ import annotations
@@ -55,10 +56,15 @@ class Schedule(Settings):
         0.0, ge=0, description="v1: the cosine is longer by this share, cut to length and stretched to end"
     )
     form: Literal["v1", "v2"] = Field("v2", description="which family of DINOv3's schedules")
+    values: tuple[float, ...] | None = Field(
+        None, min_length=1, description="the value of each step in the place of all this; the last one stays"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _number_is_constant(cls, data: Any) -> Any:
+        if isinstance(data, list | tuple):
+            return {"peak": data[-1] if data else 0.0, "values": data}
         return {"peak": data} if isinstance(data, int | float | str) and not isinstance(data, bool) else data
 
     @model_validator(mode="after")
@@ -70,6 +76,8 @@ class Schedule(Settings):
     @model_serializer(mode="wrap")
     def _constant_is_number(self, handler: Any) -> Any:
         values = handler(self)
+        if self.values is not None:
+            return values["values"]
         defaults = {name: field.default for name, field in type(self).model_fields.items() if name != "peak"}
         return self.peak if all(values[name] == default for name, default in defaults.items()) else values
 
@@ -81,6 +89,8 @@ class Schedule(Settings):
 
     def __call__(self, step: int) -> float:
         """The value at ``step``; a share of the run, or its rest, needs `over` first."""
+        if self.values is not None:
+            return self.values[min(step, len(self.values) - 1)]
         end = self.peak if self.end is None else self.end
         freeze, warmup = self._whole(self.freeze), self._whole(self.warmup)
         if step < freeze:
@@ -122,6 +132,8 @@ class _Within:
             taken["start"] = schedule.start
         if schedule.end is not None:
             taken["end"] = schedule.end
+        if schedule.values is not None:
+            taken = {"values": next((v for v in schedule.values if not self._holds(v)), schedule.values[0])}
         wrong = [
             self._error(name, value, f"must be {self.rule}") for name, value in taken.items() if not self._holds(value)
         ]

@@ -40,7 +40,7 @@ NORMS = ("backbone_grad_norm", "dino_head_grad_norm", "ibot_head_grad_norm")
 RATES = ("lr", "last_layer_lr", "wd", "mom")
 
 
-def _reach(peer: Path, site: Path | None) -> None:
+def reach(peer: Path, site: Path | None) -> None:
     """Make the official packages importable; torchvision's own kernels are not needed, but their names are."""
     sys.path[:0] = [str(folder) for folder in (peer, site) if folder]
     library = torch.library.Library("torchvision", "DEF")
@@ -235,7 +235,7 @@ def _arrays(recorder: _Recorder, masks: Any) -> dict[str, Any]:
 
 
 def _rank(rank: int, name: str, arguments: argparse.Namespace, address: str) -> None:
-    _reach(arguments.peer, arguments.site)
+    reach(arguments.peer, arguments.site)
     torch.set_num_threads(1)
     arrays = run(name, rank, address)
     if rank == 0:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["VARIANTS", "Golden", "Variant", "crops", "packed", "picked", "step_of", "weight", "weights"]
+__all__ = ["VARIANTS", "Golden", "Variant", "crops", "packed", "picked", "random", "step_of", "weight", "weights"]
 
 STEPS, IMAGES, LOCALS = 9, 4, 3
 SAMPLES = 12  # numbers kept of each tensor after each step, besides its norm
@@ -234,7 +234,8 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def _random(*words: object) -> np.random.RandomState:
+def random(*words: object) -> np.random.RandomState:
+    """The generator of these words."""
     return np.random.RandomState(zlib.crc32("/".join(map(str, words)).encode()))
 
 
@@ -249,7 +250,7 @@ def crops(variant: Variant, step: int, rank: int = 0) -> dict[str, Tensor]:
         each = []
         for crop in range(count):
             for image in range(rank * images, (rank + 1) * images):
-                draw = _random(kind, step, crop, image)
+                draw = random(kind, step, crop, image)
                 blocks = draw.randint(-200, 200, (3, side // 16, side // 16)).repeat(16, 1).repeat(16, 2)
                 each.append(blocks + draw.randint(-60, 60, (3, side, side)))
         found[kind] = torch.from_numpy(np.stack(each).astype(np.float32) / 128)
@@ -262,9 +263,9 @@ def weight(network: str, name: str, shape: Iterable[int]) -> Tensor:
     Teacher and Gram teacher lie near the student. Buffers are not weights: each side makes its own.
     """
     shape = tuple(shape)
-    x = _random(name).standard_normal(shape)
+    x = random(name).standard_normal(shape)
     if network != "student":
-        x = 0.9 * x + 0.3 * _random(network, name).standard_normal(shape)
+        x = 0.9 * x + 0.3 * random(network, name).standard_normal(shape)
     if "gamma" in name:
         x = 0.6 + 0.1 * x
     elif "norm" in name and name.endswith("weight"):
@@ -290,7 +291,7 @@ def picked(network: str, tensors: Mapping[str, Tensor]) -> tuple[NDArray[np.floa
     numbers, norms = [], []
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().double().flatten()
-        numbers.append(flat[torch.from_numpy(_random("picked", name).randint(0, len(flat), SAMPLES))].numpy())
+        numbers.append(flat[torch.from_numpy(random("picked", name).randint(0, len(flat), SAMPLES))].numpy())
         norms.append(float(flat.norm()))
     return np.stack(numbers).astype(np.float32), np.array(norms, dtype=np.float32)
 

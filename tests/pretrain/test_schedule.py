@@ -211,3 +211,16 @@ def test_only_values_that_are_used_are_looked_at() -> None:
 def test_lengths_are_steps_or_shares() -> None:
     assert [whole(length, 250) for length in (0, 0.1, 0.999, 1, 7.0)] == [0, 25, 250, 1, 7]
     assert OptimSettings(freeze_last_layer=0.1).schedules(250, 8).freeze_last_layer == 25
+
+
+def test_a_list_has_the_value_of_each_step() -> None:
+    settings = load(OptimSettings, overrides=["lr=[1e-3, 2e-3, 5e-4]", "weight_decay=[0.1, 0.2]"])
+    schedules = settings.schedules(5, 64)  # 64 images: the rule's factor is 1
+    assert [schedules.lr(step) for step in range(5)] == pytest.approx([1e-3, 2e-3, 5e-4, 5e-4, 5e-4])
+    assert [schedules.weight_decay(step) for step in range(3)] == [0.1, 0.2, 0.2]
+    assert settings.schedules(5, 256).lr(1) == pytest.approx(4e-3)
+    assert OptimSettings.model_validate(settings.model_dump(mode="json")) == settings
+    with pytest.raises(SettingsError, match=r"lr.*: must be 0 or greater"):
+        load(OptimSettings, overrides=["lr=[1e-3, -1]"])
+    with pytest.raises(SettingsError, match=r"lr\.values: Tuple should have at least 1 item"):
+        load(OptimSettings, overrides=["lr=[]"])
