@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from fvcore.nn import FlopCountAnalysis, flop_count_table
+from fvcore.nn.jit_handles import get_shape
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,9 +21,10 @@ from pretrain.data.crops import CropShape
 from pretrain.data.masks import target_counts
 from pretrain.loop import Guard
 from pretrain.methods import build_method
+from pretrain.models.vit import VisionTransformer, VitSettings, build
 from pretrain.settings import Settings
 
-__all__ = ["flops_per_step", "peak_flops"]
+__all__ = ["flops_per_step", "layer_macs", "layer_table", "peak_flops"]
 
 # Dense bfloat16 FLOP/s by a word of the device's name, from the makers' data sheets. Without an entry no MFU is shown.
 _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
@@ -74,3 +84,68 @@ def _shapes_only(settings: Settings, shape: CropShape, images: int, masked: int)
         mask_weights=empty(masked),
         keys=("",) * images,
     )
+
+
+def layer_table(settings: Settings, depth: int = 5) -> str:
+    """fvcore's table of the backbone on the crops of one slice, forward only: parameters and multiply-adds by layer.
+
+    A multiply-add is two FLOPs. Of the blocks, which are all alike, the first is shown. The crops are those of the
+    first shape of the mix.
+    """
+    shape, n_local = settings.data.crops.shapes[0], settings.data.crops.n_local
+    crops = [(2, shape.global_size)] + ([(n_local, shape.local_size)] if n_local else [])
+    table = flop_count_table(layer_macs(settings.model, crops), max_depth=depth, show_param_shapes=False)
+    later = tuple(f"blocks.{block}" for block in range(1, settings.model.shape[1]))
+    rows = [row for row in table.splitlines() if not row.strip("| ").startswith(later)]
+    said = " + ".join(f"{count} x {side}" for count, side in crops)
+    return "\n".join([f"the backbone on one slice ({said}), forward; #flops are multiply-adds:", *rows])
+
+
+def layer_macs(settings: VitSettings, crops: Sequence[tuple[int, int]]) -> FlopCountAnalysis:
+    """fvcore's count of the multiply-adds of a pass without gradients; ``crops`` are (count, side in pixels).
+
+    fvcore counts attention as nothing and norms at five operations a number; here attention is counted and norms, like
+    all else that is done number by number, are not, so that twice the total is what torch counts. Nothing is computed.
+    """
+    with torch.device("meta"):
+        model = build(settings)
+        model.patch_embed.proj = _PatchProduct(model.in_channels, model.dim, model.patch_size)  # type: ignore[assignment]
+        inputs = tuple(torch.empty(count, model.in_channels, side, side) for count, side in crops)
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    counted = FlopCountAnalysis(_Tensors(model), inputs)
+    counted.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+    counted.set_op_handle("aten::layer_norm", None)
+    counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with torch.no_grad():
+        counted.total()
+    return counted
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """q k^T and the product with v."""
+    (*batch, length, channels), (*_, keys, _) = get_shape(inputs[0]), get_shape(inputs[1])
+    return Counter({"attention": 2 * math.prod(batch) * length * keys * channels})
+
+
+class _PatchProduct(nn.Linear):
+    """The patches' convolution as the matrix product that it is: fvcore cannot trace the former without numbers."""
+
+    def __init__(self, channels: int, dim: int, patch: int) -> None:
+        super().__init__(channels * patch * patch, dim)
+        self.patch = patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, D, h, w]."""
+        patches = x.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)
+        return super().forward(patches.permute(0, 2, 3, 1, 4, 5).flatten(3)).permute(0, 3, 1, 2)
+
+
+class _Tensors(nn.Module):
+    """A trace wants tensors out."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, *crops: Tensor) -> tuple[Tensor, ...]:
+        return tuple(features.patches for features in self.backbone(list(crops)))

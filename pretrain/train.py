@@ -17,7 +17,7 @@ from launch.log import Log
 from launch.run import Outcome, Stopped
 from pretrain.checkpoint import Checkpoints, checkpoint_bytes
 from pretrain.data.stream import batches, check
-from pretrain.flops import flops_per_step, peak_flops
+from pretrain.flops import flops_per_step, layer_table, peak_flops
 from pretrain.loop import Ended, Guard, train
 from pretrain.meter import LoopError
 from pretrain.methods import Trainable, build_method
@@ -111,8 +111,9 @@ def _outcome(settings: Settings, ended: Ended) -> Outcome:
 
 
 def dry_run(settings: Settings) -> str:
-    """Say what a run would be, without making it: parameters, FLOPs, the learning rate as it is applied."""
-    return summary(settings, build_method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))
+    """Say what a run would be, without making it: parameters, FLOPs by layer, the learning rate as it is applied."""
+    said = summary(settings, build_method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))
+    return f"{said}\n{layer_table(settings)}"
 
 
 def _check_parts(settings: Settings, here: World) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.attention import Group, offsets, packed_attention
+from pretrain.models.lean import add_rows, linear
 from pretrain.models.rope import Table, rotate
 
 __all__ = ["Attention", "Block", "KMaskedLinear", "LayerScale", "Mlp", "Packing", "SwiGlu", "init_linear", "k_mask"]
@@ -58,8 +59,24 @@ class KMaskedLinear(nn.Linear):
         """Fills the mask; it is part of the architecture, not of what was learnt."""
         self.bias_mask.copy_(k_mask(self.in_features))
 
+    def masked_bias(self) -> Tensor:
+        """The bias [3 * dim] as it is added."""
+        return self.bias * self.bias_mask.to(self.bias.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+        return F.linear(x, self.weight, self.masked_bias())
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel of a branch (Touvron et al. 2021), small at first."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Attention(nn.Module):
@@ -71,15 +88,20 @@ class Attention(nn.Module):
         self.qkv = KMaskedLinear(dim) if qkv_bias and mask_k_bias else nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """Stream [T, D] to stream [T, D]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each [T, heads, head dim]
-        if packing.tables:  # none with absolute positions
-            q, k = _rotate(q, packing), _rotate(k, packing)
-        return self.proj(packed_attention(q, k, v, packing.groups).flatten(1))  # type: ignore[no-any-return]
+    def forward(
+        self, x: Tensor, packing: Packing, norm: nn.LayerNorm | None = None, scale: nn.Module | None = None
+    ) -> Tensor:
+        """Stream [T, D] to stream [T, D], with the block's norm before and its scale behind where they are given."""
+        bias = self.qkv.masked_bias() if isinstance(self.qkv, KMaskedLinear) else self.qkv.bias
+        qkv = torch.unflatten(linear(x, self.qkv, bias, norm=norm), -1, (3 * self.heads, -1))
+        qk, v = torch.split(qkv, [2 * self.heads, self.heads], 1)  # each [T, heads, head dim]
+        q, k = (_rotated(qk, packing) if packing.tables else qk).chunk(2, 1)  # no tables with absolute positions
+        v = v.contiguous() if torch.is_grad_enabled() else v  # a view would keep the unturned q and k too
+        attended = packed_attention(q, k, v, packing.groups).flatten(1)
+        return linear(attended, self.proj, self.proj.bias, scale=scale)
 
 
-def _rotate(x: Tensor, packing: Packing) -> Tensor:
+def _rotated(x: Tensor, packing: Packing) -> Tensor:
     parts = torch.split(x, [count * length for count, length in packing.groups])
     turned = [
         rotate(torch.unflatten(part, 0, group), table).flatten(0, 1)
@@ -96,8 +118,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, scale: nn.Module | None = None) -> Tensor:
+        hidden = linear(x, self.fc1, self.fc1.bias, norm=norm)
+        return linear(hidden, self.fc2, self.fc2.bias, gelu=True, scale=scale)
 
 
 class SwiGlu(nn.Module):
@@ -110,20 +133,9 @@ class SwiGlu(nn.Module):
         self.w2 = nn.Linear(dim, hidden)
         self.w3 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))  # type: ignore[no-any-return]
-
-
-class LayerScale(nn.Module):
-    """A learnt factor for each channel of a branch (Touvron et al. 2021), small at first."""
-
-    def __init__(self, dim: int, initial: float) -> None:
-        super().__init__()
-        self.initial = initial
-        self.gamma = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, scale: nn.Module | None = None) -> Tensor:
+        x = x if norm is None else norm(x)
+        return linear(F.silu(self.w1(x)) * self.w2(x), self.w3, self.w3.bias, scale=scale)
 
 
 class Block(nn.Module):
@@ -145,10 +157,10 @@ class Block(nn.Module):
         """Stream [T, D] to stream [T, D]."""
 
         def attend(tokens: Tensor, kept: Packing) -> Tensor:
-            return self.ls1(self.attn(self.norm1(tokens), kept))  # type: ignore[no-any-return]
+            return self.attn(tokens, kept, self.norm1, self.ls1)  # type: ignore[no-any-return]
 
         def feed(tokens: Tensor, kept: Packing) -> Tensor:
-            return self.ls2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]
+            return self.mlp(tokens, self.norm2, self.ls2)  # type: ignore[no-any-return]
 
         for branch in (attend, feed):
             x = self._dropped(x, packing, branch) if self.training and self.drop_path else x + branch(x, packing)
@@ -162,13 +174,6 @@ class Block(nn.Module):
             chosen = torch.randperm(count, device=x.device)[:keep]
             kept.append((start + chosen[:, None] * length + torch.arange(length, device=x.device)).flatten())
             counts.append(keep)
-            factors.append(count / keep)
+            factors.append((keep * length, count / keep))
         tokens = kept[0] if len(kept) == 1 else torch.cat(kept)
-        change = branch(x.index_select(0, tokens), packing.subset(counts)).to(x.dtype)
-        if len(set(factors)) > 1:
-            sizes = [len(part) for part in kept]
-            change = torch.cat(
-                [part * factor for part, factor in zip(torch.split(change, sizes), factors, strict=True)]
-            )
-            return x.index_add(0, tokens, change)
-        return x.index_add(0, tokens, change, alpha=factors[0])
+        return add_rows(x, tokens, branch(x.index_select(0, tokens), packing.subset(counts)), factors)

@@ -129,12 +129,33 @@ class Rope(nn.Module):
 def rotate(x: Tensor, table: Table) -> Tensor:
     """Turns the last H*W tokens of ``x`` [B, L, heads, head dim]; what precedes them (class token, registers) stays.
 
-    Computed in the table's precision, returned in that of ``x``.
+    Computed in the table's precision, returned in that of ``x``. Nothing of ``x`` is kept for the backward pass: it
+    turns the gradient back.
     """
-    sin, cos = (part[:, None] for part in table)  # [HW, 1, head dim]
+    return _Rotate.apply(x, *table)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        ctx.save_for_backward(sin, cos)
+        return _turn(x, sin, cos)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        sin, cos = ctx.saved_tensors
+        return _turn(gradients[0], -sin.roll(sin.shape[-1] // 2, -1), cos), None, None
+
+
+def _turn(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Each half of a head in one sweep, written where it belongs."""
+    (sin_a, sin_b), (cos_a, cos_b) = (part[:, None].chunk(2, dim=-1) for part in (sin, cos))  # [HW, 1, head dim / 2]
+    prefix = x.shape[1] - len(sin)
     y = x.to(sin.dtype)
-    prefix = x.shape[1] - sin.shape[0]
-    patches = y[:, prefix:]
-    first, second = patches.chunk(2, dim=-1)
-    turned = patches * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((y[:, :prefix], turned), dim=1).to(x.dtype)
+    a, b = y[:, prefix:].chunk(2, dim=-1)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    result[:, :prefix] = y[:, :prefix]
+    first, second = result[:, prefix:].chunk(2, dim=-1)
+    first.copy_(a * cos_a - b * sin_a)
+    second.copy_(b * cos_b + a * sin_b)
+    return result

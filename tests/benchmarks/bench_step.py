@@ -132,7 +132,7 @@ def compare(given: argparse.Namespace, words: list[str]) -> None:
     words = [*SAME, *(ON_GPU if cuda else ON_CPU), *words]
     settings = load(Settings, None, words)
     batch = settings.data.batch_size
-    sides = _sides(given, words, ("official", "official eager", "ours", "ours compiled"))
+    sides = _sides(given, words, tuple(given.sides.split(",")))
     ready, answers = take_turns(sides, given.rounds)
     print(f"{'GPU' if cuda else 'CPU'}, {settings.precision}, ViT-{settings.model.size}, {batch} slices, "
           f"{ready['ours']['masked']} masked patches; {given.rounds} rounds by turns, medians")  # fmt: skip
@@ -180,12 +180,16 @@ def _sides(given: argparse.Namespace, words: list[str], names: tuple[str, ...]) 
 
 
 def _print_losses(losses: dict[str, list[dict[str, float]]], precision: str) -> None:
-    """The first steps of both, and whether they agree: to 1e-4 of the value without compilation, in float32."""
+    """The first steps of both; in float32 and without compilation their losses must agree to 1e-4 of the value.
+
+    The gradient norm is only shown: at the start all class tokens lie close together, and KoLeo's gradient
+    makes much of the last digit.
+    """
     for step, (theirs, ours) in enumerate(zip(losses["official eager"], losses["ours"], strict=True)):
-        worst = max(abs(ours[name] - value) / max(abs(value), 1e-9) for name, value in theirs.items())
         for name, terms in (("official", theirs), ("ours", ours)):
             print(f"  step {step} {name:<9}" + "  ".join(f"{term} {value:.6f}" for term, value in terms.items()))
-        print(f"         largest relative difference {worst:.1e}")
+        worst = max(abs(ours[name] / value - 1) for name, value in theirs.items() if name != "norm")
+        print(f"         largest relative difference of a loss {worst:.1e}")
         if precision == "fp32" and worst > 1e-4:
             raise AssertionError("these are not the same steps; no comparison of their speed would mean anything")
 
@@ -224,6 +228,7 @@ def main(words: list[str]) -> float:
     options = argparse.ArgumentParser(allow_abbrev=False)
     options.add_argument("--peer", type=Path)
     options.add_argument("--peer-site", type=Path)
+    options.add_argument("--sides", default="official,official eager,ours,ours compiled")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--repeats", type=int, default=None, help="steps a turn")
     options.add_argument("--workers", type=int, default=8)

@@ -53,7 +53,7 @@ def load(folder: Path, site: Path | None = None) -> ModuleType:
     except ImportError as error:
         raise PeerError(
             f"the official code needs torchvision ({error}); install it or name its folder: --peer-site DIR"
-        )
+        ) from error
     except RuntimeError:  # "operator torchvision::nms does not exist"
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]

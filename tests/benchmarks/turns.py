@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 __all__ = ["SideFailed", "peak_rss", "reset_peak", "serve", "take_turns"]
@@ -57,10 +57,8 @@ class _Side:
 
     def ask(self) -> Answer:
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # `answer` tells why
             print(file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # `answer` tells why
         return self.answer()
 
 
