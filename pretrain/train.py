@@ -29,6 +29,7 @@ from pretrain.methods import Trainable
 from pretrain.optim import build_optimizer
 from pretrain.parallel import compile_blocks, fill, make_mesh, place, recompute_blocks, shard
 from pretrain.settings import Settings
+from pretrain.watch.pairs import find_pairs
 from pretrain.watch.watch import Prepared, Watch, prepare
 
 __all__ = ["build_method", "dry_run", "flops_per_step", "main", "place_method", "summary"]
@@ -118,6 +119,8 @@ def _outcome(settings: Settings, ended: Ended) -> Outcome:
 
 def dry_run(settings: Settings) -> str:
     """Say what a run would be, without making it: parameters, FLOPs, the learning rate as it is applied."""
+    if (probe := settings.watch.probe) is not None:
+        find_pairs(probe.images, probe.labels, probe.pairs)
     return summary(settings, build_method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))
 
 
