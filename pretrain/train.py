@@ -25,6 +25,7 @@ from pretrain.optim import build_optimizer
 from pretrain.parallel import compile_blocks, fill, make_mesh, place, recompute_blocks, shard
 from pretrain.precision import in_bf16
 from pretrain.settings import Settings
+from pretrain.watch.pairs import find_pairs
 from pretrain.watch.watch import Prepared, Watch, prepare
 
 __all__ = ["build_method", "dry_run", "main", "place_method", "summary"]
@@ -112,6 +113,8 @@ def _outcome(settings: Settings, ended: Ended) -> Outcome:
 
 def dry_run(settings: Settings) -> str:
     """Say what a run would be, without making it: parameters, FLOPs by layer, the learning rate as it is applied."""
+    if (probe := settings.watch.probe) is not None:
+        find_pairs(probe.images, probe.labels, probe.pairs)
     said = summary(settings, build_method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))
     return f"{said}\n{layer_table(settings)}"
 

@@ -37,7 +37,7 @@ class Pair:
     @property
     def group(self) -> str:
         """What must stay together."""
-        return self.patient or _case(self.image)
+        return self.patient or _stem(self.image).removesuffix("_0000")
 
 
 def find_pairs(images: Path | None = None, labels: Path | None = None, listing: Path | None = None) -> list[Pair]:
@@ -53,22 +53,23 @@ def find_pairs(images: Path | None = None, labels: Path | None = None, listing: 
     for folder in (images, labels):
         if not folder.is_dir():
             raise ProbeError(f"{folder} is not a folder; give watch.probe.images and watch.probe.labels two folders")
-    scans = {_case(found.path): found.path for found in find(images)}
-    maps = {_case(found.path): found.path for found in find(labels)}
-    both = sorted(scans.keys() & maps.keys())
-    if not both:
+    scans = {_stem(found.path): found.path for found in find(images)}
+    maps = {_stem(found.path): found.path for found in find(labels)}
+    named = {name: next((key for key in (f"{name}_0000", name) if key in scans), "") for name in sorted(maps)}
+    pairs = [Pair(scans[image], maps[name]) for name, image in named.items() if image]
+    if not pairs:
         shown = [", ".join(sorted(names)[:3]) or "nothing" for names in (scans, maps)]
         raise ProbeError(
             f"no label map in {labels} ({shown[1]}) has the name of an image in {images} ({shown[0]}); label "
             "CASE.nii.gz belongs to image CASE_0000.nii.gz, other names need a list (watch.probe.pairs)"
         )
-    return [Pair(scans[name], maps[name]) for name in both]
+    return pairs
 
 
-def _case(path: Path) -> str:
-    """`CASE` of CASE_0000.nii.gz, of CASE.nrrd, or of a folder."""
+def _stem(path: Path) -> str:
+    """`CASE` of CASE.nii.gz, or of a folder."""
     ending = next((ending for ending in KINDS if path.name.lower().endswith(ending)), "")
-    return path.name[: len(path.name) - len(ending)].removesuffix("_0000")
+    return path.name[: len(path.name) - len(ending)]
 
 
 def _listed(path: Path) -> list[Pair]:

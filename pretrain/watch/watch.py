@@ -160,7 +160,7 @@ class Watch:
 
     def __call__(self, step: int) -> Mapping[str, float]:
         """Look at whatever is due after `step` steps (a collective). It logs by itself and returns nothing to log."""
-        self._look(step)
+        self._look(step, every=int(step == self._steps))
         return {}
 
     def end(self, step: int) -> None:
@@ -175,6 +175,8 @@ class Watch:
             bool(period) and step % (every or period) == 0
             for period in (settings.every, settings.images_every, settings.probe.every if settings.probe else 0)
         )
+        if not (numbers_due or pictures_due or probe_due):
+            return
         self._last = step
         networks = list(self._method.networks.values())
         values: dict[str, float] = {}
@@ -258,8 +260,9 @@ class Watch:
         made = {
             "patches_pca": pictures.pca_picture(seen, pictures.colours(scores, body), window),
             "patches_likeness": pictures.likeness_picture(seen, patches, self._queries, window),
-            "crops": pictures.crops_picture(seen, self._drawn, window),
         }
+        if earlier is None:  # they never change
+            made["crops"] = pictures.crops_picture(seen, self._drawn, window)
         for name, image in made.items():
             encoded = pictures.png(image)
             (folder / f"{name}_{step:08d}.png").write_bytes(encoded)
