@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from launch.run import Outcome, Stopped
 from launch.settings import plugins
 from pretrain.checkpoint import Checkpoints
 from pretrain.data.batch import Batch
+from pretrain.data.corpora import overlaps
 from pretrain.data.crops import CropShape
 from pretrain.data.masks import target_counts
 from pretrain.data.stream import batches, check
@@ -39,11 +40,13 @@ _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "
 def main(settings: Settings) -> Outcome:
     """Pretrain, or continue where the run folder's newest checkpoint stands."""
     # Not mapped: a storage that fails is then an error that names the shard, not the end of a process.
-    corpus = Corpus(settings.data.corpus, settings.data.split, mapped=False)
+    corpora = [Corpus(source.path, settings.data.split, mapped=False) for source in settings.data.sources]
     flops = flops_per_step(settings)
     with world(settings.device) as here:
         say: Callable[[str], None] = print if here.rank == 0 else _silent
-        check(settings.data, here.size, settings.model.patch_size)
+        check(settings.data, here.size, settings.model.patch_size, settings.model.in_channels)
+        for line in overlaps(settings.data) if here.rank == 0 else ():
+            say(f"warning: {line}")
         torch.set_float32_matmul_precision("high" if settings.precision == "bf16" else "highest")
         guard = Guard(here.device)
         method = build_method(settings, guard)
@@ -58,7 +61,7 @@ def main(settings: Settings) -> Outcome:
             settings.checkpoint,
             samples_per_step=settings.data.batch_size,
             fingerprint=_fingerprint(settings),
-            about=_about(settings, corpus),
+            about=_about(settings, corpora),
             say=say,
         )
         start = checkpoints.restore()
@@ -72,7 +75,7 @@ def main(settings: Settings) -> Outcome:
             patch_size=settings.model.patch_size,
             in_channels=settings.model.in_channels,
             start=start,
-            corpus=corpus,
+            corpus=corpora,
         )
         log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start and start + 1)
         schedules = settings.optim.schedules(settings.steps, settings.data.batch_size)
@@ -131,15 +134,17 @@ def _fingerprint(settings: Settings) -> str:
     """Hash what a checkpoint's numbers mean: model, method, optimizer, order of samples. Speed and place may change."""
     kept = settings.model_dump(mode="json", include={"model", "method", "optim", "seed"})
     kept["batches"] = [settings.data.batch_size, settings.data.seed]
+    if settings.data.corpora or settings.data.weights:
+        kept["shares"] = [[source.weight for source in settings.data.sources], settings.data.weights]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _about(settings: Settings, corpus: Corpus) -> dict[str, Any]:
+def _about(settings: Settings, corpora: Sequence[Corpus]) -> dict[str, Any]:
     """What a reader of the weights alone must know."""
     return {
         "model": settings.model.model_dump(mode="json"),
         "window": settings.data.window.model_dump(mode="json"),
-        "corpus": fingerprint([read_index(corpus.folder, ["key", "sha256"])]),
+        "corpus": fingerprint(read_index(corpus.folder, ["key", "sha256"]) for corpus in corpora),
     }
 
 
