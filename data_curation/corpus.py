@@ -143,6 +143,13 @@ class Corpus:
         """Data set of slice i, as named in the curation's settings."""
         return str(self._column("dataset")[i].as_py())
 
+    def stretches(self) -> list[tuple[str, int, int]]:
+        """Neighbouring slices of one data set, in the corpus's order: its name, the first, and the one after them."""
+        names, codes = _codes(read_index(self.folder, ["dataset"], CODED)["dataset"])
+        codes = codes[self._rows]
+        first = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()
+        return [(names[codes[a]], a, b) for a, b in zip(first, [*first[1:], len(codes)], strict=True)]
+
     def _column(self, name: str) -> Any:
         """One column of the chosen rows, read on first use; text stays in Arrow's compact form."""
         if name not in self._columns:

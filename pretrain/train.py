@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from launch.distributed import World, world
 from launch.log import Log
 from launch.run import Outcome, Stopped
 from pretrain.checkpoint import Checkpoints, checkpoint_bytes
+from pretrain.data.corpora import overlaps
 from pretrain.data.stream import batches, check
 from pretrain.flops import flops_per_step, layer_table, peak_flops
 from pretrain.loop import Ended, Guard, train
@@ -34,11 +35,13 @@ __all__ = ["build_method", "dry_run", "main", "place_method", "summary"]
 def main(settings: Settings) -> Outcome:
     """Pretrain, or continue where the run folder's newest checkpoint stands."""
     # Not mapped: a storage that fails is then an error that names the shard, not the end of a process.
-    corpus = Corpus(settings.data.corpus, settings.data.split, mapped=False)
+    corpora = [Corpus(source.path, settings.data.split, mapped=False) for source in settings.data.sources]
     flops = flops_per_step(settings)
     with world(settings.device) as here:
         say: Callable[[str], None] = print if here.rank == 0 else _silent
-        check(settings.data, here.size, settings.model.patch_size)
+        check(settings.data, here.size, settings.model.patch_size, settings.model.in_channels)
+        for line in overlaps(settings.data) if here.rank == 0 else ():
+            say(f"warning: {line}")
         _check_parts(settings, here)
         seen = prepare(settings.watch, settings.data, settings.model.patch_size, corpus, here, say)
         torch.set_float32_matmul_precision("high" if settings.precision == "bf16" else "highest")
@@ -55,7 +58,7 @@ def main(settings: Settings) -> Outcome:
             settings.checkpoint,
             samples_per_step=settings.data.batch_size,
             fingerprint=_fingerprint(settings),
-            about=_about(settings, corpus),
+            about=_about(settings, corpora),
             say=say,
         )
         start = checkpoints.restore()
@@ -69,7 +72,7 @@ def main(settings: Settings) -> Outcome:
             patch_size=settings.model.patch_size,
             in_channels=settings.model.in_channels,
             start=start,
-            corpus=corpus,
+            corpus=corpora,
         )
         log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start and start + 1)
         schedules = settings.optim.schedules(settings.steps, settings.data.batch_size)
@@ -153,15 +156,17 @@ def _fingerprint(settings: Settings) -> str:
     """Hash what a checkpoint's numbers mean: model, method, optimizer, order of samples. Speed and place may change."""
     kept = settings.model_dump(mode="json", include={"model", "method", "optim", "seed"})
     kept["batches"] = [settings.data.batch_size, settings.data.seed]
+    if settings.data.corpora or settings.data.weights:
+        kept["shares"] = [[source.weight for source in settings.data.sources], settings.data.weights]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _about(settings: Settings, corpus: Corpus) -> dict[str, Any]:
+def _about(settings: Settings, corpora: Sequence[Corpus]) -> dict[str, Any]:
     """What a reader of the weights alone must know."""
     return {
         "model": settings.model.model_dump(mode="json"),
         "window": settings.data.window.model_dump(mode="json"),
-        "corpus": fingerprint([read_index(corpus.folder, ["key", "sha256"])]),
+        "corpus": fingerprint(read_index(corpus.folder, ["key", "sha256"]) for corpus in corpora),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
@@ -10,12 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Batch", "Draw", "generator", "sample_order"]
-
-ROUNDS = 8  # of the permutation's Feistel network
+__all__ = ["Batch", "Draw", "generator"]
 
 
 class Draw(IntEnum):
@@ -25,47 +21,12 @@ class Draw(IntEnum):
     CROPS = 2
     MASKS = 3
     SIZES = 4
+    WINDOW = 5
 
 
 def generator(seed: int, draw: Draw, *counters: int) -> np.random.Generator:
     """The generator of (seed, purpose, counters); no global state, the same on every rank, worker and machine."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int(draw), *counters])))
-
-
-def sample_order(positions: NDArray[np.int64], length: int, seed: int) -> NDArray[np.int64]:
-    """Slices at positions of the endless global order: epoch after epoch, each a permutation of `length` of its own.
-
-    A keyed bijection, so it needs no memory: a Feistel network over a rectangle of just over `length` cells, walked
-    until it lands inside.
-    """
-    epochs, order = positions // length, positions % length
-    for epoch in np.unique(epochs):
-        keys = generator(seed, Draw.ORDER, int(epoch)).integers(2**63, size=ROUNDS, dtype=np.uint64)
-        outside = np.flatnonzero(epochs == epoch)
-        while outside.size:
-            order[outside] = _feistel(order[outside], length, keys)
-            outside = outside[order[outside] >= length]
-    return order
-
-
-def _feistel(x: NDArray[np.int64], length: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """A bijection of the a*b >= length cells of a rectangle: each round shifts one side by a hash of the other."""
-    a = math.isqrt(length - 1) + 1
-    b = -(-length // a)
-    left, right = np.divmod(x.astype(np.uint64), np.uint64(b))
-    for turn, key in enumerate(keys):
-        if turn % 2:
-            right = (right + _mix(left + key) % np.uint64(b)) % np.uint64(b)
-        else:
-            left = (left + _mix(right + key) % np.uint64(a)) % np.uint64(a)
-    return (left * np.uint64(b) + right).astype(np.int64)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from launch.settings import Settings
 from pretrain.data.batch import Draw, generator
-from pretrain.data.window import Distortions, HuWindow
+from pretrain.data.resample import resample_batch, resample_one, resize
+from pretrain.data.window import Distortions, HuWindow, RandomWindow
 
 __all__ = ["CropDraws", "CropSettings", "CropShape", "Crops", "HuWindow", "crop_batch", "crop_slice", "draw_crops"]
 
@@ -52,16 +53,25 @@ class CropSettings(Settings):
     global_scale: tuple[float, float] = Field((0.32, 1.0), description="share of the slice's area in a global crop")
     local_scale: tuple[float, float] = Field((0.05, 0.32), description="share of the slice's area in a local crop")
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="range of width / height of a box")
+    unit: Literal["px", "mm"] = Field(
+        "px", description="px: boxes are shares of the slice, global_scale and local_scale; mm: global_mm and local_mm"
+    )
+    global_mm: tuple[float, float] = Field((200.0, 400.0), description="side of a global crop's box, mm (unit: mm)")
+    local_mm: tuple[float, float] = Field((80.0, 200.0), description="side of a local crop's box, mm (unit: mm)")
     flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring a crop left to right")
     gram_no_distortions: bool = Field(True, description="the Gram teacher sees its crops undistorted")
     distortions: Distortions = Field(Distortions(), description="intensity augmentations")
+    random_window: RandomWindow | None = Field(
+        None, description="another HU window for each slice in training; null: always the fixed one, data.window"
+    )
 
     @model_validator(mode="after")
     def _sensible(self) -> CropSettings:
-        for name in ("global_scale", "local_scale", "ratio"):
+        for name in ("global_scale", "local_scale", "ratio", "global_mm", "local_mm"):
             low, high = getattr(self, name)
-            if not 0 < low <= high or (name != "ratio" and high > 1):
-                raise ValueError(f"{name} needs 0 < low <= high{' <= 1' * (name != 'ratio')}, got [{low:g}, {high:g}]")
+            if not 0 < low <= high or (name.endswith("scale") and high > 1):
+                most = " <= 1" if name.endswith("scale") else ""
+                raise ValueError(f"{name} needs 0 < low <= high{most}, got [{low:g}, {high:g}]")
         if self.mix and abs(sum(shape.probability for shape in self.mix) - 1) > 1e-6:
             raise ValueError(f"mix: probabilities must sum to 1, not {sum(s.probability for s in self.mix):g}")
         if len({shape.gram_size is None for shape in self.shapes}) > 1:
@@ -100,6 +110,7 @@ class CropDraws:
     flips: Tensor  # bool [K]
     amounts: Tensor  # float32 [K, 4], of the distortions
     keys: Tensor  # int64 [K], of the noise
+    window: Tensor  # float32 [2], lowest and highest HU of the slice's own window; both 0: the fixed one
 
     @staticmethod
     def stack(draws: list[CropDraws]) -> CropDraws:
@@ -107,53 +118,86 @@ class CropDraws:
         return CropDraws(*(torch.stack(parts) for parts in zip(*(d.tensors() for d in draws), strict=True)))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The four tensors in the order of the constructor."""
-        return self.boxes, self.flips, self.amounts, self.keys
+        """The tensors in the order of the constructor."""
+        return self.boxes, self.flips, self.amounts, self.keys, self.window
 
 
 @dataclass(frozen=True)
 class Crops:
     """Normalised float32 crops, crop-major: of B slices, rows [k*B, (k+1)*B) are crop k."""
 
-    globals_: Tensor  # [2B, S, S]
-    locals_: Tensor  # [n_local*B, s, s]
-    gram: Tensor | None  # [2B, G, G]
+    globals_: Tensor  # [2B, C, S, S]
+    locals_: Tensor  # [n_local*B, C, s, s]
+    gram: Tensor | None  # [2B, C, G, G]
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Global, local and Gram crops."""
         return self.globals_, self.locals_, self.gram
 
 
-def draw_crops(settings: CropSettings, height: int, width: int, *, seed: int, sample: int) -> CropDraws:
-    """Draws the crops of a slice of height x width pixels from (seed, global sample counter) alone."""
+def draw_crops(
+    settings: CropSettings,
+    height: int,
+    width: int,
+    *,
+    seed: int,
+    sample: int,
+    spacing: tuple[float, float] | None = None,
+) -> CropDraws:
+    """Draws the crops of a slice of height x width pixels from (seed, global sample counter) alone.
+
+    `spacing` is the distance between its rows and between its columns in mm, needed where boxes are in mm. The square
+    of a box's side is drawn evenly, so that both units give the same boxes for the same limits. A box in mm that does
+    not fit in TRIES tries is cut to the slice, and shows fewer mm than were asked for; one in px becomes the central
+    box.
+    """
     rng = generator(seed, Draw.CROPS, sample)
     crops = 2 + settings.n_local
     u = rng.random((crops, TRIES, 4))
-    scale = np.array([settings.global_scale] * 2 + [settings.local_scale] * settings.n_local)
-    boxes = _boxes(u, scale, settings.ratio, height, width)
+    boxes = _boxes(u, settings, height, width, spacing)
     flips = rng.random(crops) < settings.flip
     if settings.distortions.on:
         amounts, keys = settings.distortions.draw(crops, rng)
     else:
         amounts, keys = np.zeros((crops, 4), np.float32), np.zeros(crops, np.int64)
-    return CropDraws(*(torch.from_numpy(part) for part in (boxes, flips, amounts, keys)))
+    ends = (0.0, 0.0)
+    if settings.random_window is not None:
+        ends = settings.random_window.draw(generator(seed, Draw.WINDOW, sample))
+    return CropDraws(*(torch.from_numpy(part) for part in (boxes, flips, amounts, keys, np.array(ends, np.float32))))
 
 
 def _boxes(
-    u: NDArray[np.float64], scale: NDArray[np.float64], ratio: tuple[float, float], height: int, width: int
+    u: NDArray[np.float64],
+    settings: CropSettings,
+    height: int,
+    width: int,
+    spacing: tuple[float, float] | None,
 ) -> NDArray[np.int64]:
-    """Boxes of random resized crops [K, 4] from uniforms u [K, TRIES, 4]: the first try that fits, else the centre."""
-    area = height * width * (scale[:, :1] + u[..., 0] * (scale[:, 1:] - scale[:, :1]))
-    low, high = math.log(ratio[0]), math.log(ratio[1])
+    """Boxes of random resized crops [K, 4] from uniforms u [K, TRIES, 4]: the first try that fits, or as said above."""
+    in_mm = settings.unit == "mm"
+    if in_mm:
+        assert spacing is not None, "boxes in mm need the slice's spacing"
+        (y_mm, x_mm), whole, limits = spacing, 1, np.square([settings.global_mm, settings.local_mm])
+    else:
+        (y_mm, x_mm), whole, limits = (
+            (1.0, 1.0),
+            height * width,
+            np.array([settings.global_scale, settings.local_scale]),
+        )
+    scale = limits.repeat([2, len(u) - 2], 0)
+    area = whole * (scale[:, :1] + u[..., 0] * (scale[:, 1:] - scale[:, :1]))
+    low, high = math.log(settings.ratio[0]), math.log(settings.ratio[1])
     aspect = np.exp(low + u[..., 1] * (high - low))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    w, h = np.rint(np.sqrt(area * aspect) / x_mm), np.rint(np.sqrt(area / aspect) / y_mm)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     pick = (np.arange(len(u)), fits.argmax(1))
     h, w = h[pick], w[pick]
+    if in_mm:
+        h, w = h.clip(1, height), w.clip(1, width)
     boxes = np.stack([u[..., 2][pick] * (height - h + 1), u[..., 3][pick] * (width - w + 1), h, w], 1).astype(np.int64)
-    if not fits.any(1).all():
-        h0 = min(height, max(1, round(width / ratio[0])))
-        w0 = min(width, max(1, round(height * ratio[1])))
+    if not in_mm and not fits.any(1).all():
+        h0 = min(height, max(1, round(width / settings.ratio[0])))
+        w0 = min(width, max(1, round(height * settings.ratio[1])))
         boxes[~fits.any(1)] = ((height - h0) // 2, (width - w0) // 2, h0, w0)
     return boxes
 
@@ -162,14 +206,13 @@ def crop_slice(
     hu: NDArray[np.int16], draws: CropDraws, settings: CropSettings, shape: CropShape, window: HuWindow
 ) -> Crops:
     """The crops of one slice [Y, X], each interpolated from its box alone; for the CPU."""
-    image = window.apply(torch.from_numpy(hu))[None, None]
+    image = _windowed(torch.from_numpy(hu)[None], draws.window[None], settings, window)[0]
     base = max(shape.global_size, shape.gram_size or 0)
     sizes = [base] * 2 + [shape.local_size] * settings.n_local
-    crops = []
-    for (top, left, height, width), flip, size in zip(draws.boxes.tolist(), draws.flips.tolist(), sizes, strict=True):
-        crop = _resize(image[..., top : top + height, left : left + width], size)
-        crops.append(crop[0, 0].flip(-1) if flip else crop[0, 0])
-    locals_ = torch.stack(crops[2:]) if settings.n_local else image.new_empty(0, shape.local_size, shape.local_size)
+    boxes, flips = draws.boxes.tolist(), draws.flips.tolist()
+    crops = [resample_one(image, *each) for each in zip(boxes, flips, sizes, strict=True)]
+    empty = image.new_empty(0, len(image), shape.local_size, shape.local_size)
+    locals_ = torch.stack(crops[2:]) if settings.n_local else empty
     return _finish(torch.stack(crops[:2]), locals_, draws.amounts, draws.keys, settings, shape, window)
 
 
@@ -180,20 +223,27 @@ def crop_batch(hu: Tensor, draws: CropDraws, settings: CropSettings, shape: Crop
     The products read the whole slice for every crop: 30 times the arithmetic of `crop_slice`, in the form that a GPU
     does for nothing. No value is read back to the host.
     """
-    batch, side = len(hu), max(hu.shape[1:])
+    batch, side, channels = len(hu), max(hu.shape[1:]), window.channels
     base = max(shape.global_size, shape.gram_size or 0)
     groups = ((slice(0, 2), base), (slice(2, None), shape.local_size))
-    made = [torch.empty(draws.boxes[0, g].shape[0], batch, s, s, device=hu.device) for g, s in groups]
+    made = [torch.empty(draws.boxes[0, g].shape[0], batch, channels, s, s, device=hu.device) for g, s in groups]
     per_image = 8 * side * (2 * base + settings.n_local * shape.local_size)
     with _exact_products():
         for first in range(0, batch, max(1, CHUNK_BYTES // per_image)):
             part = slice(first, first + max(1, CHUNK_BYTES // per_image))
-            image = window.apply(hu[part])
+            image = _windowed(hu[part], draws.window[part], settings, window)
             for (group, size), out in zip(groups, made, strict=True):
                 boxes, flips = draws.boxes[part, group], draws.flips[part, group]
-                out[:, part] = _resample(image, boxes, flips, size).transpose(0, 1)
+                out[:, part] = resample_batch(image, boxes, flips, size).transpose(0, 1)
     amounts, keys = draws.amounts.transpose(0, 1).flatten(0, 1), draws.keys.transpose(0, 1).flatten()
     return _finish(made[0].flatten(0, 1), made[1].flatten(0, 1), amounts, keys, settings, shape, window)
+
+
+def _windowed(hu: Tensor, ends: Tensor, settings: CropSettings, window: HuWindow) -> Tensor:
+    """HU [B, Y, X] -> [B, C, Y, X], each slice in its own window where windows are drawn."""
+    if settings.random_window is None:
+        return window.image(hu)
+    return settings.random_window.image(hu, ends, window)
 
 
 def _finish(
@@ -205,7 +255,7 @@ def _finish(
     shape: CropShape,
     window: HuWindow,
 ) -> Crops:
-    """Distorts, and takes student and Gram views from the base crops [2B, S, S].
+    """Distorts, and takes student and Gram views from the base crops [2B, C, S, S].
 
     As in the official recipe both are resized from one base crop; the student's is distorted at its own size, or before
     the resizing when the Gram teacher shares the distortions.
@@ -215,46 +265,10 @@ def _finish(
     if shape.gram_size is None:
         return Crops(distort(base, amounts[:n], keys[:n], window), locals_, None)
     if settings.gram_no_distortions:
-        small = _resize(base[:, None], shape.global_size)[:, 0]
-        return Crops(
-            distort(small, amounts[:n], keys[:n], window), locals_, _resize(base[:, None], shape.gram_size)[:, 0]
-        )
-    base = distort(base, amounts[:n], keys[:n], window)[:, None]
-    return Crops(_resize(base, shape.global_size)[:, 0], locals_, _resize(base, shape.gram_size)[:, 0])
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
-    """[N, 1, h, w] -> [N, 1, size, size], antialiased bicubic; the same tensor when it has that size."""
-    if images.shape[-2:] == (size, size):
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
-
-
-def _resample(image: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """Boxes [B, K, 4] of images [B, Y, X] -> [B, K, size, size]."""
-    (batch, height, width), crops = image.shape, boxes.shape[1]
-    top, left, h, w = boxes.unbind(-1)
-    rows = _weights(top, h, torch.zeros_like(flips), size, height).view(batch, crops * size, height)
-    columns = _weights(left, w, flips, size, width).view(batch * crops, size, width)
-    half = torch.bmm(rows, image).view(batch * crops, size, width)
-    return torch.bmm(half, columns.mT).view(batch, crops, size, size)
-
-
-def _weights(start: Tensor, length: Tensor, flips: Tensor, size: int, total: int) -> Tensor:
-    """Weights [B, K, size, total] of torch's antialiased bicubic from [start, start + length) of `total` pixels.
-
-    Keys' kernel with a = -0.5, widened when it shrinks, cut at the box's border and normalised to sum 1.
-    """
-    step = (length / size)[..., None, None]
-    out = torch.arange(size, device=start.device)
-    out = torch.where(flips[..., None], size - 1 - out, out)[..., None]  # [B, K, size, 1]
-    pixel = torch.arange(total, device=start.device) - start[..., None, None]  # [B, K, 1, total], from the box's start
-    x = ((pixel + 0.5 - (out + 0.5) * step) / step.clamp(min=1)).abs_()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    weights *= (pixel >= 0) & (pixel < length[..., None, None])
-    return weights / weights.sum(-1, keepdim=True)
+        small = resize(base, shape.global_size)
+        return Crops(distort(small, amounts[:n], keys[:n], window), locals_, resize(base, shape.gram_size))
+    base = distort(base, amounts[:n], keys[:n], window)
+    return Crops(resize(base, shape.global_size), locals_, resize(base, shape.gram_size))
 
 
 @contextmanager

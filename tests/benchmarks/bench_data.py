@@ -21,9 +21,11 @@ from torch.nn import functional as F
 from data_curation import curate, phantom
 from data_curation.corpus import Corpus
 from launch.distributed import World
-from pretrain.data.batch import sample_order
+from pretrain.data.corpora import Corpora, order_of
 from pretrain.data.crops import draw_crops
-from pretrain.data.stream import DataSettings, _Steps, batches
+from pretrain.data.order import sample_order
+from pretrain.data.steps import Steps
+from pretrain.data.stream import DataSettings, batches
 
 BATCH, ROUNDS = 32, 5
 
@@ -61,7 +63,10 @@ def main(arguments: list[str]) -> None:
         folder = Path(arguments[0]) if arguments else made_corpus(Path(scratch))
         corpus = Corpus(folder, None)
         settings = DataSettings(corpus=folder, split=None, batch_size=BATCH, workers=2)
-        on_cpu, on_device = (_Steps(settings, corpus, 0, 1, 16, device) for device in (False, True))
+        on_cpu, on_device = (
+            Steps(settings, Corpora([corpus]), order_of(settings, [corpus]), 0, 1, 16, device)
+            for device in (False, True)
+        )
         paths: dict[str, Callable[[int], object]] = {
             "decode only": lambda step: [corpus.hu(i % len(corpus)) for i in range(step * BATCH, (step + 1) * BATCH)],
             "naive crops (RGB, whole slice each)": lambda step: naive(corpus, settings, step),

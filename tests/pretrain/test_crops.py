@@ -66,7 +66,7 @@ def test_both_executors_agree(settings: CropSettings, monkeypatch: pytest.Monkey
             continue
         expected = torch.stack([getattr(crops, name) for crops in one_by_one], 1).flatten(0, 1)
         got = getattr(batch, name)
-        assert got.shape == expected.shape == ((settings.n_local if name == "locals_" else 2) * 3, side, side)
+        assert got.shape == expected.shape == ((settings.n_local if name == "locals_" else 2) * 3, 1, side, side)
         assert got.dtype == torch.float32
         assert not len(got) or (got - expected).abs().max() < 1e-4, name
 
@@ -83,7 +83,7 @@ def test_a_crop_is_torchs_resize_of_the_windowed_box() -> None:
         size = (48, 48) if k < 2 else (16, 16)
         part = image[None, None, top : top + height, left : left + width]
         expected = F.interpolate(part, size=size, mode="bicubic", antialias=True)[0, 0]
-        got = crops.globals_[k] if k < 2 else crops.locals_[k - 2]
+        got = crops.globals_[k, 0] if k < 2 else crops.locals_[k - 2, 0]
         assert (got - (expected.flip(-1) if flip else expected)).abs().max() < 1e-4
 
 
@@ -146,7 +146,7 @@ def test_the_student_is_resized_from_the_gram_teachers_crop() -> None:
     draws = draw_crops(settings, 100, 90, seed=0, sample=0)
     crops = crop_slice(hu, draws, settings, settings.shapes[0], WINDOW)
     assert crops.gram is not None
-    smaller = F.interpolate(crops.gram[:, None], size=(32, 32), mode="bicubic", antialias=True)[:, 0]
+    smaller = F.interpolate(crops.gram, size=(32, 32), mode="bicubic", antialias=True)
     assert crops.globals_.equal(smaller)
 
 
@@ -166,23 +166,23 @@ def test_who_is_distorted_beside_the_gram_teacher(shared: bool) -> None:
 
 
 def test_what_the_distortions_do() -> None:
-    flat = torch.zeros(3, 64, 64)
+    flat = torch.zeros(3, 1, 64, 64)
     keys = torch.tensor([1, 2, 1])
     noisy = Distortions(noise=1).apply(flat, torch.tensor([[0, 50.0, 1, 0]] * 3), keys, WINDOW)
     assert noisy[0].equal(noisy[2])
     assert noisy.std().item() == pytest.approx(50 / WINDOW.std, rel=0.03)
     assert noisy.mean().item() == pytest.approx(0, abs=0.01)
     assert np.corrcoef(noisy[0].flatten(), noisy[1].flatten())[0, 1] == pytest.approx(0, abs=0.06)
-    assert np.corrcoef(noisy[0, :, 1:].flatten(), noisy[0, :, :-1].flatten())[0, 1] == pytest.approx(0, abs=0.06)
+    assert np.corrcoef(noisy[0, 0, :, 1:].flatten(), noisy[0, 0, :, :-1].flatten())[0, 1] == pytest.approx(0, abs=0.06)
     amounts = torch.tensor([[0, 0, 2.0, 10.0]])  # 100 HU: twice as far from the centre, 0 HU, and 10 more
-    bright = Distortions(contrast=1).apply(WINDOW.apply(torch.full((1, 8, 8), 100)), amounts, keys[:1], WINDOW)
+    bright = Distortions(contrast=1).apply(WINDOW.image(torch.full((1, 8, 8), 100)), amounts, keys[:1], WINDOW)
     assert (bright * WINDOW.std + WINDOW.mean).mean().item() == pytest.approx(210, abs=0.01)
-    point = torch.zeros(2, 33, 33)
-    point[:, 16, 16] = 1
+    point = torch.zeros(2, 1, 33, 33)
+    point[..., 16, 16] = 1
     blurred = Distortions(blur=(1, 1, 1)).apply(point, torch.tensor([[0, 0, 1, 0], [1.0, 0, 1, 0]]), keys[:2], WINDOW)
     assert (blurred[0] - point[0]).abs().max() < 1e-5
     assert blurred[1].sum().item() == pytest.approx(1, abs=1e-3)
-    assert (blurred[1, 16, 17] / blurred[1, 16, 16]).item() == pytest.approx(math.exp(-0.5), abs=1e-3)
+    assert (blurred[1, 0, 16, 17] / blurred[1, 0, 16, 16]).item() == pytest.approx(math.exp(-0.5), abs=1e-3)
 
 
 def test_distortions_happen_with_their_probability() -> None:

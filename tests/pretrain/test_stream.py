@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import pickle
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +16,10 @@ from numpy.typing import NDArray
 from data_curation import curate, phantom
 from data_curation.corpus import Corpus, CorpusError
 from launch.settings import SettingsError, load
-from pretrain.data.batch import Batch, sample_order
+from pretrain.data.batch import Batch
 from pretrain.data.crops import CropSettings, CropShape
 from pretrain.data.masks import MaskSettings
+from pretrain.data.order import sample_order
 from pretrain.data.stream import Batches, DataSettings, Slices, StreamError, batches
 
 CROPS = CropSettings(global_size=32, local_size=16, n_local=2)
@@ -79,39 +76,6 @@ def take(corpus: Slices, data: DataSettings, n: int, start: int = 0, world: Worl
 def same(first: Batch, second: Batch) -> bool:
     a, b = first.tensors(), second.tensors()
     return first.keys == second.keys and a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 1000, 12345])
-def test_every_epoch_is_a_permutation_of_its_own(length: int) -> None:
-    epochs = sample_order(np.arange(3 * length), length, seed=0).reshape(3, length)
-    assert (np.sort(epochs, 1) == np.arange(length)).all()
-    if length > 10:
-        assert (epochs[0] != epochs[1]).any()
-        assert (epochs[0] != sample_order(np.arange(length), length, seed=1)).any()
-
-
-def test_the_order_looks_random() -> None:
-    length = 5000
-    order = sample_order(np.arange(20 * length), length, seed=0).reshape(20, length)
-    steps = np.diff(order) % length
-    counts = np.histogram(steps, bins=50, range=(0, length))[0]
-    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 100  # chi-square of 49 degrees of freedom
-    halves = (order[:, : length // 2] < length // 2).mean()
-    assert halves == pytest.approx(0.5, abs=0.01)
-    assert abs(np.corrcoef(order[0], order[1])[0, 1]) < 0.06
-    small = np.stack([sample_order(np.arange(e * 4, e * 4 + 4), 4, seed=0) for e in range(2400)])
-    _, tally = np.unique(small, axis=0, return_counts=True)
-    assert len(tally) == 24
-    assert ((tally - 100) ** 2 / 100).sum() < 60  # all 24 orders of 4, 23 degrees of freedom
-
-
-def test_the_order_needs_no_memory_and_little_time() -> None:
-    positions = np.arange(512, dtype=np.int64) + 10**12
-    start = time.process_time()
-    order = sample_order(positions, 3_868_833, seed=0)
-    assert time.process_time() - start < 0.1
-    assert len(np.unique(order)) == 512
-    assert order.max() < 3_868_833
 
 
 def test_a_batch_has_the_agreed_layout() -> None:
@@ -259,35 +223,6 @@ def test_channels_and_empty_corpora_are_refused() -> None:
         stream(Phantoms(9), settings(), channels=2)
     with pytest.raises(StreamError, match="no slice in split 'train'"):
         stream(Phantoms(0), settings())
-
-
-def test_signals_for_the_trainer_do_not_kill_workers() -> None:
-    made = stream(Phantoms(30), settings(workers=2))
-    first = [next(made), next(made)]  # one of each worker, so that both have started
-    for worker in multiprocessing.active_children():
-        assert worker.pid
-        for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-            os.kill(worker.pid, name)
-    first += [next(made) for _ in range(8)]
-    made.close()
-    assert all(same(a, b) for a, b in zip(first, take(Phantoms(30), settings(), 10), strict=True))
-
-
-def test_a_dead_worker_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dies() -> Iterator[None]:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
-        yield
-
-    made = stream(Phantoms(30), settings())
-    monkeypatch.setattr(made, "_loaded", dies())
-    with pytest.raises(StreamError, match=r"pid 7.*lower data\.workers=0 or data\.prefetch=2"):
-        next(made)
-
-
-def test_an_error_of_a_living_worker_is_told_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Phantoms, "hu", lambda self, i: torch.zeros(2).view(3))
-    with pytest.raises(RuntimeError, match=r"DataLoader worker process 0(.|\n)*shape '\[3\]' is invalid"):
-        take(Phantoms(30), settings(workers=1, start_method="fork"), 1)
 
 
 def test_torchs_random_state_is_left_alone() -> None:

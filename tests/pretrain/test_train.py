@@ -260,7 +260,7 @@ def test_an_export_names_the_corpus_it_was_trained_on(tmp_path: Path) -> None:
     given = {"folder": tmp_path / "corpus", "datasets": [{"name": "folder", "root": tmp_path / "scans"}]}
     curate.main(curate.Settings.model_validate(given), Workers(0))
     known = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
-    about = train._about(settings(tmp_path / "run"), Corpus(tmp_path / "corpus", None))
+    about = train._about(settings(tmp_path / "run"), [Corpus(tmp_path / "corpus", None)])
     assert about["corpus"] == known["fingerprint"]
 
 
