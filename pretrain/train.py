@@ -43,7 +43,7 @@ def main(settings: Settings) -> Outcome:
         for line in overlaps(settings.data) if here.rank == 0 else ():
             say(f"warning: {line}")
         _check_parts(settings, here)
-        seen = prepare(settings.watch, settings.data, settings.model.patch_size, corpus, here, say)
+        seen = prepare(settings.watch, settings.data, settings.model.patch_size, corpora[0], here, say)
         torch.set_float32_matmul_precision("high" if settings.precision == "bf16" else "highest")
         guard = Guard(here.device)
         method = build_method(settings, guard)
