@@ -36,6 +36,7 @@ class Family:
     heads: Mapping[int, int] = field(default_factory=lambda: _HEADS)
     antialias: bool = False  # how other grids come of `pos_embed`: see PositionSettings
     offset: float = 0.0
+    guessed: bool = False  # files of several families look so, and their rules for other grids differ
     config: bool = False  # a config.json tells heads and epsilon
 
 
@@ -130,7 +131,7 @@ FAMILIES = (
     ),
     Family(
         "ViT (timm, DINO, iBOT)", ("pos_embed", _QKV),
-        renames=(*_TIMM, (r"^masked_embed$", "mask_token")), antialias=True,
+        renames=(*_TIMM, (r"^masked_embed$", "mask_token")), antialias=True, guessed=True,
     ),
 )  # fmt: skip
 
@@ -143,7 +144,7 @@ _CLASSIFIER = (
 _FOREIGN = {
     r"(.*\.)?fc_norm\..*": "fine-tuned to classify: its last norm is a classifier's" + _CLASSIFIER,
     r"(.*\.)?(head|head_dist|fc|classifier|linear_head)\.(weight|bias)": "a classifier or linear probe" + _CLASSIFIER,
-    r"(.*\.)?(downsample_layers|stages)\..*": "a ConvNeXt or another convolutional network; give a ViT's file",
+    r"(.*\.)?(downsample_layers\..*|(dwconv|conv_dw|depthwise_conv)\.weight)": "a ConvNeXt; give a ViT's file",
     r"(.*\.)?(conv1|embedder\.embedder\.convolution)\.weight": "a convolutional network (ResNet); give a ViT's file",
     r"(.*\.)?patch_embed\.proj\.0\.weight": "a ViT with a stem of several convolutions (MoCo v3's vit_conv); give one "
     "with a stem of patches",

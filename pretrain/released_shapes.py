@@ -43,6 +43,8 @@ def settings_of(weights: Weights, named: Named) -> tuple[VitSettings, tuple[str,
     size = next((name for name, known in SIZES.items() if known == shape), "custom")
     if "layer_norm_eps" not in config:
         assumed += ("norm_eps",)
+    if family.guessed:
+        assumed += ("interpolation",)
     try:
         settings = VitSettings.model_validate(
             {

@@ -230,8 +230,9 @@ def test_an_official_file_gives_the_model(tmp_path: Path, name: str) -> None:
     said: list[str] = []
     loaded, _ = load_backbone(tmp_path / "file.pth", say=said.append)
     assert f"({form})" in said[0]
-    # These files leave the epsilon and the heads open.
-    assert "epsilon of the norms 1e-06: the file does not say" in said[0].replace("heads 2 and ", "")
+    # These files leave the epsilon and the heads open, and a bare one whose rule of interpolation it takes.
+    assert "assumed heads 2 and epsilon of the norms 1e-06" in said[0]
+    assert ("antialiasing of positions" in said[0]) == (name == "timm")
     for side in (4, 7, 3):
         same(loaded, at(model, side, how), [(side, side)])
     positions = loaded.settings.positions
