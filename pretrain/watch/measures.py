@@ -58,9 +58,12 @@ def patch_cosine(patches: Tensor, body: Tensor) -> float:
 def rankme(features: Tensor) -> float:
     """The effective rank of features [n, D], from 1 to min(n, D): e to the entropy of the singular values' shares.
 
-    They are the roots of the eigenvalues of the smaller product of the matrix with itself, in float64.
+    They are the roots of the eigenvalues of the smaller product of the matrix with itself, in float64. NaN where a
+    feature is not finite.
     """
     x = features.double()
+    if not torch.isfinite(x).all():
+        return math.nan
     square = x @ x.T if len(x) < x.shape[1] else x.T @ x
     values = torch.linalg.eigvalsh(square).clamp(min=0).sqrt()
     share = values / values.sum().clamp(min=_EPS) + _EPS

@@ -36,7 +36,7 @@ def png(image: Image) -> bytes:
 def colour_scores(patches: Tensor, body: Tensor) -> Tensor:
     """Patches [S, N, D] along the three main directions of those on the body (bool [S, N]): float64 [S, N, 3], each of
     deviation 1 on the body. The sign is the one that makes the direction's largest entry positive."""
-    x = patches.double()
+    x = patches.double().nan_to_num()
     inside = x[body] if int(body.sum()) > 3 else x.flatten(0, 1)
     mean = inside.mean(0)
     _, axes = torch.linalg.eigh((inside - mean).T @ (inside - mean))

@@ -9,6 +9,7 @@ in seconds. From Python, on any backbone:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -82,10 +83,13 @@ def score(features: Tensor, labelled: Labelled, settings: ProbeSettings) -> dict
     """Fit on one half of the patients, score on the other, of features [n, D].
 
     `accuracy` is the share of right patches, `recall` its mean over classes and `dice` the mean Dice of the classes'
-    patches. All are of the drawn patches, where large classes are cut, not of whole images.
+    patches. All are of the drawn patches, where large classes are cut, not of whole images; NaN where a feature is not
+    finite.
     """
     fit, classes, count = labelled.fit, labelled.classes, len(labelled.values)
     known, asked = features[fit], features[~fit]
+    if not torch.isfinite(features).all():
+        return {f"{name}/{what}": math.nan for name in ("knn", "linear") for what in ("accuracy", "recall", "dice")}
     found = {
         "knn": knn(known, classes[fit], asked, settings.neighbours, settings.temperature, count),
         "linear": linear(known, classes[fit], asked, settings.ridge, count),

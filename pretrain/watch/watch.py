@@ -151,8 +151,10 @@ class Watch:
             self._look(0, every=1)
             return
         self._last = start
+        if not self._given.settings.every:
+            return
         seen, model = self._given.seen, self._method.exported()
-        if self._here.rank == 0 and self._given.settings.every:
+        if self._here.rank == 0:
             shape = (self._drawn, seen.body.shape[1], int(model.dim))  # type: ignore[arg-type]  # of every backbone
             self._first = read_first(self._folder, seen.keys[: self._drawn], shape)
         if agree(self._here.rank == 0 and self._first is None):

@@ -58,6 +58,7 @@ def test_rankme_against_numpy(shape: tuple[int, int]) -> None:
     share = values / values.sum() + 1e-7
     assert rankme(x) == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-6)
     assert rankme(torch.eye(shape[1])) == pytest.approx(shape[1], rel=1e-4)
+    assert math.isnan(rankme(x * torch.inf))
     assert rankme(torch.ones(shape)) == pytest.approx(1, abs=1e-3)
 
 

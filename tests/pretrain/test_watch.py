@@ -185,6 +185,8 @@ def test_networks_are_left_as_they_were_found_and_not_compiled_again() -> None:
         assert not network.training
         assert not network["block"](torch.ones(1, 2)).requires_grad
     assert not calls
+    network["block"](torch.ones(1, 2))
+    assert len(calls) == 1
     assert [network.training, block.training, network["rest"].training] == [True, True, False]
 
 
