@@ -290,7 +290,7 @@ def picked(network: str, tensors: Mapping[str, Tensor]) -> tuple[NDArray[np.floa
     """What is kept of a network after a step: a few numbers [T, SAMPLES] of each tensor, by name, and norms [T]."""
     numbers, norms = [], []
     for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().double().flatten()
+        flat = tensor.detach().double().cpu().flatten()
         numbers.append(flat[torch.from_numpy(random("picked", name).randint(0, len(flat), SAMPLES))].numpy())
         norms.append(float(flat.norm()))
     return np.stack(numbers).astype(np.float32), np.array(norms, dtype=np.float32)

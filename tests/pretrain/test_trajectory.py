@@ -7,6 +7,7 @@ recorded batches. Losses, gradient norms, rates and, after every step, numbers o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from launch.distributed import World, world
 from launch.settings import load
+from pretrain.checkpoint import Checkpoints
 from pretrain.data.batch import Batch
 from pretrain.loop import Guard, train
 from pretrain.optim import build_optimizer
@@ -39,6 +41,7 @@ class Recorder:
         self.method, self.optimizer = method, optimizer
         self.lines: list[dict[str, float]] = []
         self.after: list[dict[str, Any]] = []
+        self.checkpoints: Checkpoints | None = None
 
     def step(self, step: int, total: int, values: Any, *, terms: Any, more: Any, **_: Any) -> None:
         rates = [group["lr"] / group["lr_multiplier"] for group in self.optimizer.param_groups]
@@ -52,7 +55,7 @@ class Recorder:
         raise AssertionError(text)  # nothing is skipped
 
     def restore(self) -> int:
-        return 0
+        return self.checkpoints.restore() if self.checkpoints else 0
 
     def maybe_save(self, step: int, *, last: bool) -> None:
         def whole(tensor: Any) -> Tensor:  # a replica's own part is the whole
@@ -64,14 +67,17 @@ class Recorder:
                 for name, network in self.method.networks.items()
             }
         )
+        if self.checkpoints:
+            self.checkpoints.maybe_save(step, last=last)
 
 
-def settings_of(name: str, folder: Path) -> Settings:
+def settings_of(name: str, folder: Path, **changes: Any) -> Settings:
+    """Our settings of a recorded run, with further ones."""
     images = trajectory.IMAGES
     ours = {"steps": STEPS, "folder": folder, "device": "cpu", "precision": "fp32", "log.every": 1} | dict(
         VARIANTS[name].ours
     )
-    ours |= {"data.corpus": folder, "data.batch_size": images}
+    ours |= {"data.corpus": folder, "data.batch_size": images, **changes}
     return load(Settings, overrides=[f"{key}={_written(value)}" for key, value in ours.items()])
 
 
@@ -103,9 +109,9 @@ def recorded(name: str, golden: Golden, ranks: range) -> Iterator[Batch]:
         )
 
 
-def follow(name: str, folder: Path, here: World = HERE) -> Recorder:
-    """Our trainer on one recorded run, or on one rank's part of it."""
-    settings, golden, variant = settings_of(name, folder), Golden(name), VARIANTS[name]
+def follow(name: str, folder: Path, here: World = HERE, stop: int = 0, **changes: Any) -> Recorder:
+    """Our trainer on one recorded run, or on one rank's part of it; with `stop` in two goes, from a checkpoint."""
+    settings, golden, variant = settings_of(name, folder, **changes), Golden(name), VARIANTS[name]
     guard = Guard(here.device)
     method = build_method(settings, guard)
     place_method(method, settings, here)
@@ -118,13 +124,27 @@ def follow(name: str, folder: Path, here: World = HERE) -> Recorder:
     schedules = settings.optim.schedules(settings.steps, settings.data.batch_size)
     recorder: Any = Recorder(method, optimizer)
     ranks = range(variant.ranks) if here.size == 1 else range(here.rank, here.rank + 1)
-    stream = recorded(name, golden, ranks)
-    with mock.patch("pretrain.loop.step_seed", lambda seed, step, rank, part=0: trajectory.step_of(step)):
-        ended = train(method, stream, optimizer, schedules, recorder, recorder, here, settings.loop, guard=guard)
-    assert ended.step == STEPS
-    assert not ended.skipped
+    for end in [stop, STEPS] if stop else [STEPS]:
+        loop = settings.loop.model_copy(update={"steps": end})
+        if stop:
+            recorder.checkpoints = Checkpoints(folder, method, optimizer, here, settings.checkpoint)
+            if end == STEPS:
+                _forget(method, optimizer)
+        stream = (batch.to(here.device) for batch in islice(recorded(name, golden, ranks), recorder.restore(), None))
+        with mock.patch("pretrain.loop.step_seed", lambda seed, step, rank, part=0: trajectory.step_of(step)):
+            ended = train(method, stream, optimizer, schedules, recorder, recorder, here, loop, guard=guard)
+        assert (ended.step, ended.skipped) == (end, 0)
     found: Recorder = recorder
     return found
+
+
+@torch.no_grad()
+def _forget(method: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Lose what a new process would not have."""
+    optimizer.state.clear()
+    for network in method.networks.values():
+        for tensor in network.state_dict().values():
+            tensor.fill_(float("nan"))
 
 
 def unweighted(name: str, settings: Any, golden: Golden) -> dict[str, Any]:
@@ -143,14 +163,15 @@ def unweighted(name: str, settings: Any, golden: Golden) -> dict[str, Any]:
     return found | ({"gram": weights["gram"] * theirs["gram_loss"]} if "gram" in terms else {})
 
 
-def held(name: str, settings: Any, recorder: Recorder) -> float:
+def held(name: str, settings: Any, recorder: Recorder, tolerance: float | None = None) -> float:
     """Assert that every recorded number of a run is ours; the largest relative difference."""
     golden, variant, worst = Golden(name), VARIANTS[name], [0.0]
+    limit = tolerance or variant.tolerance
 
     def close(what: str, ours: Any, theirs: Any, scale: Any) -> None:
         error = np.abs(np.asarray(ours) - theirs) / np.where(scale == 0, 1, scale)
         worst.append(float(error.max(initial=0)))
-        assert worst[-1] <= variant.tolerance, f"{name}: {what} is off by {worst[-1]:.1e}"
+        assert worst[-1] <= limit, f"{name}: {what} is off by {worst[-1]:.1e}"
 
     lines = recorder.lines
     for key, theirs in unweighted(name, settings, golden).items():
@@ -177,6 +198,31 @@ def held(name: str, settings: Any, recorder: Recorder) -> float:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nine_steps_are_the_official_ones(name: str, tmp_path: Path) -> None:
     held(name, settings_of(name, tmp_path), follow(name, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accumulate": 2, "method.statistics": "batch"},
+        {"accumulate": 4, "method.statistics": "batch"},
+        {"parallel.recompute": True},
+    ],
+    ids=["two parts", "four parts", "recomputed"],
+)
+def test_how_a_step_is_computed_changes_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
+    held("plain", settings_of("plain", tmp_path), follow("plain", tmp_path, **changes))
+
+
+@pytest.mark.parametrize(("name", "stop"), [("plain", 5), ("drawn", 3)])
+def test_a_run_in_two_goes_takes_the_official_steps(name: str, stop: int, tmp_path: Path) -> None:
+    held(name, settings_of(name, tmp_path), follow(name, tmp_path, stop=stop))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["plain", "giant", "early"])
+def test_a_gpu_takes_the_official_steps(name: str, tmp_path: Path) -> None:
+    here = World(0, 1, 0, torch.device("cuda"))
+    held(name, settings_of(name, tmp_path), follow(name, tmp_path, here), tolerance=1e-4)
 
 
 def test_the_recorded_runs_show_what_they_are_for() -> None:

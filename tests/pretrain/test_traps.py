@@ -123,7 +123,7 @@ def test_10_weights_are_loaded_strictly(tmp_path: Path) -> None:
     state = initialised(build_on_meta(), 0)
     state.pop("blocks.0.attn.qkv.weight")
     torch.save(state, tmp_path / "part.pth")
-    with pytest.raises(ReleasedError, match="holds no DINOv3 backbone"):
+    with pytest.raises(ReleasedError, match=r"part\.pth holds no"):
         read(tmp_path / "part.pth")
     with pytest.raises(AssertionError, match="keys differ"):
         fill(build(VIT), state)
