@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from launch.distributed import World, agree
+from pretrain.checkpoint_files import clear_leftovers
 
 __all__ = ["HostCopy", "Trouble", "Writing", "through_lead"]
 
@@ -205,8 +206,7 @@ class Writing:
             try:
                 parent = self._aside.parent
                 parent.mkdir(parents=True, exist_ok=True)
-                for left in [*parent.glob(".writing_*"), *parent.glob(".deleting_*")]:
-                    shutil.rmtree(left, ignore_errors=True)
+                clear_leftovers(parent)
                 self._aside.mkdir()
                 whole = [one for one in plans if not isinstance(one, Trouble)]
                 agreed, self._contents = self._planner.create_global_plan(whole)
