@@ -23,7 +23,16 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from launch.distributed import World
 from launch.settings import Settings
-from pretrain.checkpoint_files import CheckpointError, Progress, metadata, newest, reading, steps_of, sync
+from pretrain.checkpoint_files import (
+    CheckpointError,
+    Progress,
+    clear_leftovers,
+    metadata,
+    newest,
+    reading,
+    steps_of,
+    sync,
+)
 from pretrain.checkpoint_writer import HostCopy, Trouble, Writing, through_lead
 
 __all__ = ["CheckpointSettings", "Checkpoints", "checkpoint_bytes"]
@@ -140,8 +149,12 @@ class Checkpoints:
         return self._restored
 
     def _restore(self) -> int:
+        def look(ranks: list[None]) -> list[Path | None]:
+            clear_leftovers(self.folder)
+            return [newest(self.run, say=self._say)] * len(ranks)
+
         # Rank 0 looks for all: a network's file system may show each of them another list.
-        found = through_lead(self._world, None, lambda ranks: [newest(self.run, say=self._say)] * len(ranks))
+        found = through_lead(self._world, None, look)
         if found is None:
             return 0
         progress = Progress.read(found)

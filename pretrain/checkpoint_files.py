@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 __all__ = [
     "CheckpointError",
     "Progress",
+    "clear_leftovers",
     "complete",
     "metadata",
     "newest",
@@ -96,6 +98,12 @@ def steps_of(parent: Path) -> dict[int, Path]:
     """Return the checkpoint folders in `parent` by their step, whole or not, in rising order."""
     found = {int(m[1]): path for path in parent.glob("step_*") if (m := _NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Delete what a killed process was writing or deleting in `parent`, as far as it can be deleted."""
+    for left in [*parent.glob(".writing_*"), *parent.glob(".deleting_*")]:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def newest(run: Path, step: int | None = None, say: Callable[[str], None] = print) -> Path | None:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from launch.distributed import World, agree
+from pretrain.checkpoint_files import clear_leftovers
 
 __all__ = ["HostCopy", "Trouble", "Writing", "through_lead"]
 
@@ -199,19 +200,26 @@ class Writing:
         self._planner.set_up_planner(state, self._writer.storage_meta(), lead)
         self._writer.set_up_storage_writer(lead)
 
-        def decide(plans: list[SavePlan]) -> list[SavePlan | Trouble]:
+        def decide(plans: list[SavePlan | Trouble]) -> list[SavePlan | Trouble]:
+            if found := next((one for one in plans if isinstance(one, Trouble)), None):
+                return [found] * len(plans)
             try:
                 parent = self._aside.parent
                 parent.mkdir(parents=True, exist_ok=True)
-                for left in [*parent.glob(".writing_*"), *parent.glob(".deleting_*")]:
-                    shutil.rmtree(left, ignore_errors=True)
+                clear_leftovers(parent)
                 self._aside.mkdir()
-                agreed, self._contents = self._planner.create_global_plan(plans)
+                whole = [one for one in plans if not isinstance(one, Trouble)]
+                agreed, self._contents = self._planner.create_global_plan(whole)
                 return list(self._writer.prepare_global_plan(agreed))
             except Exception as error:  # every rank must hear of it, or they would wait
                 return [Trouble.of(self._world, error)] * len(plans)
 
-        plan = through_lead(self._world, self._planner.create_local_plan(), decide)
+        mine: SavePlan | Trouble
+        try:
+            mine = self._planner.create_local_plan()
+        except Exception as error:  # every rank must hear of it, or they would wait
+            mine = Trouble.of(self._world, error)
+        plan = through_lead(self._world, mine, decide)
         return plan if isinstance(plan, Trouble) else self._planner.finish_plan(plan)
 
     def _write(self, plan: SavePlan) -> None:

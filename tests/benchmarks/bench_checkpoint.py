@@ -28,7 +28,8 @@ from pretrain.settings import Settings
 from pretrain.train import build_method, place_method
 
 SMALL = (
-    "folder=unused", "steps=100", "precision=fp32", "data.corpus=unused", "data.batch_size=4", "model={size: s, in_channels: 1}",
+    "folder=unused", "steps=100", "precision=fp32", "data.corpus=unused", "data.batch_size=4",
+    "model={size: s, in_channels: 1}",
     "method.terms.dino.head.prototypes=8192", "method.terms.ibot.head.prototypes=8192",
 )  # fmt: skip
 

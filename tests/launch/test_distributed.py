@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.distributed import DeviceError, agree, barrier, rank_zero, world
+from launch.distributed import DeviceError, agree, barrier, largest, rank_zero, world
 
 
 def _gloo() -> ModuleType:
@@ -34,7 +34,7 @@ def two(rank: int, size: int) -> list[object]:
     with world("cpu") as here:
         assert (here.rank, here.size, here.local_rank, here.device.type) == (rank, size, rank, "cpu")
         barrier()
-        said = [agree(False), agree(rank == 1), agree(True), rank_zero()]
+        said = [agree(False), agree(rank == 1), agree(True), rank_zero(), largest(12 * rank)]
         sums = torch.tensor([rank + 1.0])
         dist.all_reduce(sums)
     left = [dist.is_initialized()]
@@ -50,13 +50,14 @@ def test_one_process_makes_no_group() -> None:
         assert rank_zero()
         assert agree(True)
         assert not agree(False)
+        assert largest(-3) == -3
         barrier()
 
 
 def test_two_processes_agree_and_leave_also_after_an_error(tmp_path: Path) -> None:
     zero, one = _gloo().run_ranks(f"{__file__}:two", 2, tmp_path)
-    assert zero == [False, True, True, True, 3.0, False, False]
-    assert one == [False, True, True, False, 3.0, False, False]
+    assert zero == [False, True, True, True, 12, 3.0, False, False]
+    assert one == [False, True, True, False, 12, 3.0, False, False]
 
 
 def test_a_device_that_is_not_there() -> None:

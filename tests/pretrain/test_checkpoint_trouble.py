@@ -19,6 +19,7 @@ import pretrain.checkpoint_writer
 from launch.distributed import world
 from pretrain.checkpoint import Checkpoints, CheckpointSettings, checkpoint_bytes
 from pretrain.checkpoint_files import CheckpointError, newest, read_tensors
+from pretrain.meter import LoopError
 from tests.gloo import run_ranks
 from tests.pretrain import test_loop
 from tests.pretrain.test_checkpoint import HERE, Two, names
@@ -278,6 +279,31 @@ def test_a_signal_during_a_save_in_the_background(
     ended = test_loop.run(tmp_path, every=2).ended
     assert (ended.step, ended.stopped_by) == (3, "SIGUSR2")
     assert names(tmp_path) == ["step_00000002", "step_00000003"]
+
+
+def test_a_run_that_ends_by_bad_steps_keeps_the_save_in_flight(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Held(test_loop.Line):
+        def after_step(self, step: int) -> None:
+            super().after_step(step)
+            if step == 4:
+                gate.open.clear()
+                threading.Timer(0.5, gate.open.set).start()
+
+    monkeypatch.setitem(test_loop.run.__globals__, "Line", Held)
+    with pytest.raises(LoopError, match="3 steps in a row"):
+        test_loop.run(tmp_path, every=5, steps=20, log_every=1, max_bad=3, spoilt=frozenset({5, 6, 7}))
+    assert names(tmp_path) == ["step_00000005"]
+
+
+def test_a_plan_that_fails_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no plan")
+
+    monkeypatch.setattr(pretrain.checkpoint_writer._Planner, "create_local_plan", refuse)
+    with pytest.raises(CheckpointError, match=r"rank 0 on .*: RuntimeError: no plan"):
+        made(tmp_path, Two(), []).save(1)
 
 
 def test_the_copy_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
