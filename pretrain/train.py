@@ -39,6 +39,7 @@ _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "
 
 def main(settings: Settings) -> Outcome:
     """Pretrain, or continue where the run folder's newest checkpoint stands."""
+    settings.check_sources()
     # Not mapped: a storage that fails is then an error that names the shard, not the end of a process.
     corpus = Corpus(settings.data.corpus, settings.data.split, mapped=False)
     flops = flops_per_step(settings)
@@ -64,7 +65,7 @@ def main(settings: Settings) -> Outcome:
         )
         start = checkpoints.restore()
         if not start:
-            for name, parts in method.initial(settings.seed, settings.init_from, say).items():
+            for name, parts in method.initial(settings.seed, settings.source, say).items():
                 for part, state in parts.items():
                     fill(method.networks[name][part], state)
         stream = batches(
@@ -96,7 +97,11 @@ def main(settings: Settings) -> Outcome:
 
 
 def dry_run(settings: Settings) -> str:
-    """Say what a run would be, without making it: parameters, FLOPs, the learning rate as it is applied."""
+    """Say what a run would be, without making it: parameters, FLOPs, the learning rate as it is applied.
+
+    Raises SourceError where weights that it would read are not there.
+    """
+    settings.check_sources()
     return summary(settings, build_method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))
 
 

@@ -16,18 +16,28 @@ from torch import Tensor, nn
 from launch.settings import Settings
 from pretrain.loop import Method
 
-__all__ = ["Source", "States", "Trainable"]
+__all__ = ["Source", "SourceError", "States", "Trainable"]
 
 States = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 """Whole tensors on the CPU by network, part and name: states["teacher"]["backbone"]["cls_token"]."""
+
+
+class SourceError(ValueError):
+    """Weights that a run is to read are not there; the text names every one of them and where it can be had."""
 
 
 class Source(Settings):
     """Weights to start from; a plain path will do."""
 
     path: Path = Field(description="run folder, checkpoint, export, or published DINOv3 or MedDINOv3 file")
+    where: str = Field("", description="where it can be had, said when it is missing")
     step: int | None = Field(None, ge=0, description="step of a run's checkpoint; null: its newest")
     heads: bool = Field(True, description="take the heads too, where the source has them")
+
+    @property
+    def is_scratch(self) -> bool:
+        """Whether it is the word for no weights at all: the run begins from random ones, and that is meant."""
+        return self.path == Path("scratch")
 
     @model_validator(mode="before")
     @classmethod
