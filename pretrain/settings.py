@@ -48,8 +48,8 @@ class Settings(launch.settings.Settings):
     )
     init_from: Source | None = Field(
         None,
-        description="weights to start from, for student and teacher; null: fresh ones; the word scratch: fresh ones also "
-        "where the method reads an earlier run's weights, which is refused otherwise",
+        description="weights to start from, for student and teacher; null: fresh ones; the word scratch: fresh ones "
+        "also where the method reads an earlier run's weights, which is refused otherwise",
     )
     model: VitSettings = Field(VitSettings(), description="the backbone")
     method: MethodSettings = Field(
