@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["Residual", "in_bf16"]
+__all__ = ["in_bf16"]
 
 Residual = Literal["bf16", "fp32"]
 

@@ -111,7 +111,6 @@ def test_one_rank_has_the_arithmetic_of_several(tmp_path: Path) -> None:
         assert error(alone, exact) > 1e-3, "nothing was rounded"
         for found in (ranks[number] for ranks in both):
             if number > 2:  # compiled: sums in another order, rounded elsewhere
-                print(number, error(found, alone), error(alone, exact))
                 assert error(found, alone) < 0.5 * error(alone, exact), residual
                 continue
             inner = {name: g for name, g in alone.items() if ".blocks." in name}
