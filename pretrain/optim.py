@@ -43,7 +43,7 @@ class OptimSettings(Settings):
     )
     freeze_backbone: Length = Field(
         0,
-        description="first steps, or share of the run, in which the backbone stands still, so that new heads find their "
+        description="first steps, or share of the run, in which the backbone stands still and new heads find their "
         "place on loaded weights",
     )
 

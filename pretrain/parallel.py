@@ -31,7 +31,6 @@ from launch.settings import Settings
 __all__ = [
     "ParallelError",
     "ParallelSettings",
-    "Recompute",
     "compile_blocks",
     "fill",
     "initialised",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["Residual", "in_bf16"]
+__all__ = ["in_bf16"]
 
 Residual = Literal["bf16", "fp32"]
 
@@ -34,7 +34,8 @@ def in_bf16(part: nn.Module, residual: Residual = "bf16", *, cast_parameters: bo
     if cast_parameters:
         for module in part.modules():
             if module._parameters:
-                module.__class__ = _casting(type(module), tuple(module._parameters))
+                layer: Any = type(module)
+                module.__class__ = _casting(layer, tuple(module._parameters))
     blocks = getattr(part, "blocks", None)
     if residual == "fp32" and isinstance(blocks, nn.ModuleList):
         blocks[0].register_forward_pre_hook(_stream_in_fp32)

@@ -7,10 +7,10 @@ from pydantic import Field, model_validator
 
 import launch.settings
 from launch.settings import choice
-from pretrain.checkpoint import CheckpointSettings
+from pretrain.checkpoint import CheckpointError, CheckpointSettings, newest
 from pretrain.data.stream import DataSettings
 from pretrain.loop import LoopSettings
-from pretrain.methods import Source
+from pretrain.methods import Source, SourceError
 from pretrain.models.vit import VitSettings
 from pretrain.optim import OptimSettings
 from pretrain.parallel import ParallelSettings
@@ -49,7 +49,9 @@ class Settings(launch.settings.Settings):
         "bf16", description="stream of tokens between blocks, with precision: bf16; fp32: exact sums, more memory"
     )
     init_from: Source | None = Field(
-        None, description="weights to start from, for student and teacher; null: fresh ones"
+        None,
+        description="weights to start from, for student and teacher; null: fresh ones; the word scratch: fresh ones "
+        "also where the method reads an earlier run's weights, which is refused otherwise",
     )
     model: VitSettings = Field(VitSettings(), description="the backbone")
     method: MethodSettings = Field(
@@ -86,6 +88,35 @@ class Settings(launch.settings.Settings):
             raise ValueError(f"data.{error}") from None
         return self
 
+    @model_validator(mode="after")
+    def _goes_on_from_something(self) -> "Settings":
+        if self.init_from is None and (read := list(self._read_by_method())):
+            raise ValueError(
+                f"init_from: a run with method.{read[0]} goes on from an earlier one; name that (a run folder, a "
+                "checkpoint or a file), or say init_from: scratch if it is to begin from random weights"
+            )
+        return self
+
+    @property
+    def source(self) -> Source | None:
+        """The weights to start from, where they are not fresh ones."""
+        return None if self.init_from is None or self.init_from.is_scratch else self.init_from
+
+    def _read_by_method(self) -> dict[str, Source]:
+        return getattr(self.method, "sources", {})
+
+    def check_sources(self) -> None:
+        """Refuse a new run whose weights are not there, all of them at once, before anything is built.
+
+        Raises SourceError. A run that goes on from its own checkpoint needs none.
+        """
+        if any(self.folder.glob("checkpoints/step_*")):
+            return
+        named = {"init_from": self.source, **{f"method.{key}": of for key, of in self._read_by_method().items()}}
+        missing = [f"{key}: {wrong}" for key, of in named.items() if of is not None and (wrong := _missing(of))]
+        if missing:
+            raise SourceError("\n  ".join([f"{len(missing)} source(s) of weights missing:", *missing]))
+
     @property
     def loop(self) -> LoopSettings:
         """What the loop needs of them."""
@@ -101,3 +132,17 @@ class Settings(launch.settings.Settings):
             validate_every=self.watch.period,
             watchdog=self.watchdog,
         )
+
+
+def _missing(source: Source) -> str:
+    """What is wrong with where the weights are said to be; empty where they can be read as far as a look can tell."""
+    if not source.path.exists():
+        where = source.where or "give a run folder, a checkpoint, an export or a published file"
+        return f"{source.path} does not exist; {where}"
+    if not (source.path / "checkpoints").is_dir():
+        return ""
+    try:
+        found = newest(source.path, source.step, say=lambda _: None)
+    except CheckpointError as error:
+        return str(error)
+    return "" if found else f"{source.path}/checkpoints holds no complete checkpoint; let the run reach its first one"

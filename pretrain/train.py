@@ -34,6 +34,7 @@ __all__ = ["build_method", "dry_run", "main", "place_method", "summary"]
 
 def main(settings: Settings) -> Outcome:
     """Pretrain, or continue where the run folder's newest checkpoint stands."""
+    settings.check_sources()
     # Not mapped: a storage that fails is then an error that names the shard, not the end of a process.
     corpora = [Corpus(source.path, settings.data.split, mapped=False) for source in settings.data.sources]
     flops = flops_per_step(settings)
@@ -63,7 +64,7 @@ def main(settings: Settings) -> Outcome:
         )
         start = checkpoints.restore()
         if not start:
-            for name, parts in method.initial(settings.seed, settings.init_from, say).items():
+            for name, parts in method.initial(settings.seed, settings.source, say).items():
                 for part, state in parts.items():
                     fill(method.networks[name][part], state)
         stream = batches(
@@ -115,7 +116,11 @@ def _outcome(settings: Settings, ended: Ended) -> Outcome:
 
 
 def dry_run(settings: Settings) -> str:
-    """Say what a run would be, without making it: parameters, FLOPs by layer, the learning rate as it is applied."""
+    """Say what a run would be, without making it: parameters, FLOPs by layer, the learning rate as it is applied.
+
+    Raises SourceError where weights that it would read are not there.
+    """
+    settings.check_sources()
     if (probe := settings.watch.probe) is not None:
         find_pairs(probe.images, probe.labels, probe.pairs)
     said = summary(settings, build_method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))

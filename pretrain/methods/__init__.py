@@ -20,21 +20,31 @@ from pretrain.loop import Guard, Method
 if TYPE_CHECKING:
     import pretrain.settings
 
-__all__ = ["Source", "States", "Trainable", "build_method"]
+__all__ = ["Source", "SourceError", "States", "Trainable", "build_method"]
 
 States = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 """Whole tensors on the CPU by network, part and name: states["teacher"]["backbone"]["cls_token"]."""
+
+
+class SourceError(ValueError):
+    """Weights that a run is to read are not there; the text names every one of them and where it can be had."""
 
 
 class Source(Settings):
     """Weights to start from; a plain path will do."""
 
     path: Path = Field(description="run folder, checkpoint, export, or published file or Hugging Face folder of a ViT")
+    where: str = Field("", description="where it can be had, said when it is missing")
     step: int | None = Field(None, ge=0, description="step of a run's checkpoint; null: its newest")
     heads: bool = Field(True, description="take the heads too, where the source has them")
     registers: Literal["file", "fresh"] = Field(
         "file", description="fresh: draw the registers anew, where the source has none, or another number of them"
     )
+
+    @property
+    def is_scratch(self) -> bool:
+        """Whether it is the word for no weights at all: the run begins from random ones, and that is meant."""
+        return self.path == Path("scratch")
 
     @model_validator(mode="before")
     @classmethod

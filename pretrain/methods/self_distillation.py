@@ -113,6 +113,12 @@ class Settings(launch.settings.Settings):
         return self
 
     @property
+    def sources(self) -> dict[str, Source]:
+        """Weights of earlier runs that it reads, by key; a run that has one goes on from an earlier run."""
+        gram = self.gram_teacher
+        return {} if gram is None else {"gram_teacher": Source(path=gram.path, step=gram.step)}
+
+    @property
     def active(self) -> dict[str, launch.settings.Settings]:
         """The terms that are there."""
         return {name: term for name, term in self.terms.items() if term is not None}

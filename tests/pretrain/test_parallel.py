@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -311,3 +312,16 @@ def test_all_blocks_and_all_crop_sizes_share_few_graphs(monkeypatch: pytest.Monk
         with torch.no_grad():
             teacher(torch.randn(2, 1, sides[0], sides[0]))
     assert graphs[0] <= 6, "a graph for the first sizes and one for all others, with and without gradients"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler's code for a CPU needs g++")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore::DeprecationWarning")
+def test_compiled_code_computes_the_same() -> None:
+    torch._dynamo.reset()
+    plain, compiled = backbone(2), backbone(2)
+    recompute_blocks(compiled, "matmuls")
+    compile_blocks(compiled)
+    for sides in SIDES[:3]:
+        for a, b in zip(passed(plain, sides)[2], passed(compiled, sides)[2], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)

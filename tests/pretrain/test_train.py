@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from launch.run import Stopped
-from launch.settings import dump, find, load
+from launch.settings import load
 from pretrain import flops, train
 from pretrain.checkpoint_files import newest, read_tensors
 from pretrain.export import Settings as ExportSettings
@@ -201,43 +201,6 @@ def test_flops_are_those_of_the_blocks(tmp_path: Path) -> None:
     forward = crops * (2 * block + embedding + head)
     # The backward pass costs twice the forward one, but for the pixels, which need no gradient.
     assert flops.flops_per_step(one) == pytest.approx(4 * forward - crops * embedding, rel=1e-3)
-
-
-@pytest.mark.parametrize("name", ["smoke.yaml", "stage1.yaml", "stage2_gram.yaml", "stage3_hires.yaml"])
-def test_packaged_settings_are_whole_and_begin_with_their_story(name: str) -> None:
-    source = find(name)
-    loaded = load(Settings, source, ["folder=runs/x", "data.corpus=corpus"])
-    assert loaded.steps
-    story = source.read_text()
-    for word in (
-        "# Source:",
-        "# Hardware:",
-        "# Loss:",
-        f"# Command: axial pretrain {name}",
-    ):
-        assert word in story, f"{name} does not say {word}"
-
-
-def test_the_published_numbers_of_the_three_runs() -> None:
-    one, two, three = (
-        load(Settings, find(f"{name}.yaml"), ["folder=r", "data.corpus=c"])
-        for name in ("stage1", "stage2_gram", "stage3_hires")
-    )
-    assert [s.steps for s in (one, two, three)] == [100_000, 10_000, 10_000]
-    assert [s.optim.lr.peak for s in (one, two, three)] == [2e-4, 5e-5, 2.5e-5]
-    assert all(s.data.batch_size == 512 for s in (one, two, three))
-    assert one.optim.schedules(one.steps, 512).lr(50_000) == pytest.approx(2e-4 * 4 * 0.5**0.5)
-    terms = [load_terms(s) for s in (one, two, three)]
-    assert terms == [["dino", "ibot", "koleo"], *[["dino", "ibot", "koleo", "gram"]] * 2]
-    assert [(s.global_size, s.gram_size) for s in two.data.crops.shapes] == [(256, 512)]
-    assert sum(s.probability for s in three.data.crops.shapes) == pytest.approx(1)
-    assert {s.global_size for s in three.data.crops.shapes} == {512, 768}
-    assert load(Settings, None, ["folder=r", "steps=1", "data.corpus=c", "data.batch_size=1"]) is not None
-    assert "gram_teacher" in dump(three)
-
-
-def load_terms(loaded: Settings) -> list[str]:
-    return list(getattr(loaded.method, "active", {}))
 
 
 def test_no_file_of_the_trainer_knows_of_phases() -> None:
