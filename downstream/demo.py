@@ -170,7 +170,7 @@ def _labels(path: Path) -> NDArray[np.integer]:
 @torch.inference_mode()
 def _features(model: VisionTransformer, window: HuWindow, hu: NDArray[np.int16]) -> NDArray[np.float64]:
     """Patch features [h, w, D] of a slice enlarged, so that patches are small against organs."""
-    image = window.apply(torch.from_numpy(hu.astype(np.float32)))[None, None]
+    image = window.image(torch.from_numpy(hu.astype(np.float32)))[None]
     image = functional.interpolate(image, scale_factor=ENLARGED, mode="bicubic").expand(-1, model.in_channels, -1, -1)
     side = [size - size % model.patch_size for size in image.shape[-2:]]
     (features,) = model.eval().intermediate(image[..., : side[0], : side[1]], [-1])

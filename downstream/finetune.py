@@ -173,6 +173,11 @@ def _model(settings: Settings, dataset: Dataset, cases: Sequence[Prepared]) -> t
     if settings.patches.size % backbone.patch_size:
         raise ValueError(f"patches.size {settings.patches.size} is no multiple of the backbone's {backbone.patch_size}")
     if settings.normalisation == "dataset":
+        if window is not None and window.channels > 1:
+            raise ValueError(
+                f"normalisation=dataset is one HU window, and {settings.backbone} was trained on {window.channels} as "
+                "channels; use normalisation=pretraining"
+            )
         window = dataset_window(cases)
     elif window is None:
         window = HuWindow()
@@ -279,10 +284,9 @@ def _summary(
     cases: Sequence[Prepared],
     validation: int,
 ) -> str:
-    w = header.window
     spacings = sorted(case.spacing[1] for case in cases)
     lines = _lines(settings, dataset, model, len(cases), validation)
-    lines.append(f"HU {w.low:g} to {w.high:g}, {w.mean:.1f} becomes 0 and {w.std:.1f} one ({settings.normalisation})")
+    lines.append(f"{header.window.said()} ({settings.normalisation})")
     lines.append(f"pixels of {spacings[0]:.3g} to {spacings[-1]:.3g} mm, slices {_slices(cases)}")
     for case in cases:
         lines += [f"  {case.name}: {note}" for note in case.notes]

@@ -70,7 +70,10 @@ def predict_slices(
     from monai.inferers import sliding_window_inference  # seconds to import
 
     device = next(model.parameters()).device
-    images = hu_window.apply(torch.from_numpy(hu).to(device))[:, None]
+    height, width = hu.shape[1:]
+    above, left = max(patch - height, 0), max(patch - width, 0)
+    padding = (left // 2, left - left // 2, above // 2, above - above // 2)
+    images = hu_window.image(functional.pad(torch.from_numpy(hu).to(device), padding, value=-1000))
     logits: Tensor = sliding_window_inference(
         images,
         roi_size=(patch, patch),
@@ -78,9 +81,8 @@ def predict_slices(
         predictor=lambda part: _mirrored(model, part, window),
         overlap=window.overlap,
         mode="gaussian",
-        cval=float(hu_window.apply(torch.tensor(-1000))),
     )
-    return logits
+    return logits[..., above // 2 : above // 2 + height, left // 2 : left // 2 + width]
 
 
 def _mirrored(model: SegmentationModel, images: Tensor, window: Window) -> Tensor:

@@ -66,7 +66,7 @@ class SegmentationModel(nn.Module):
         self.frozen = False  # True: the backbone is read without gradients
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised slices [B, 1, H, W] of any size -> logits [B, classes, H, W].
+        """Normalised slices [B, C, H, W] of any size, C = 1 or the backbone's -> logits [B, classes, H, W].
 
         Sizes that are no multiple of the patch are filled up by repeating the border, and cut back.
         """

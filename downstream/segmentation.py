@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class PatchSettings(base.Settings):
 class Patches:
     """One rank's part of a batch."""
 
-    images: Tensor  # [B, 1, P, P] fp32, normalised
+    images: Tensor  # [B, C, P, P] fp32, normalised; a channel for each HU window
     labels: Tensor  # [B, P, P] int64, class indices
     keys: tuple[str, ...]  # case and slice of each
 
@@ -111,7 +112,7 @@ def sample(
     seed: int,
     index: int,
 ) -> tuple[Tensor, Tensor, str]:
-    """Patch number `index` of the run: normalised [P, P], class indices [P, P], and what it is.
+    """Patch number `index` of the run: normalised [C, P, P] (a channel a window), class indices [P, P], what it is.
 
     As in nnU-Net the case is drawn evenly, and the last share of each batch holds a pixel of a class drawn evenly among
     those of the case; its slice is drawn by the number of the class's pixels.
@@ -134,7 +135,8 @@ def sample(
         hu, label = case.slice(z)
     where = place(rng, augmentation, (hu.shape[0], hu.shape[1]), patches.size, focus)
     image, classes = cut(hu, label, patches.size, where)
-    return distort(window.apply(image), rng, augmentation), classes, f"{case.name}/{z}"
+    channels = [distort(channel, deepcopy(rng), augmentation) for channel in window.image(image)]  # one draw for all
+    return torch.stack(channels), classes, f"{case.name}/{z}"
 
 
 def batches(
@@ -159,7 +161,7 @@ def batches(
                 pending.append([pool.submit(sample, cases, patches, augmentation, window, seed, i) for i in tasks])
                 step += 1
             done = [future.result() for future in pending.popleft()]
-            images, labels = torch.stack([image for image, _, _ in done])[:, None], torch.stack([d[1] for d in done])
+            images, labels = torch.stack([image for image, _, _ in done]), torch.stack([d[1] for d in done])
             if world.device.type == "cuda":
                 images, labels = images.pin_memory(), labels.pin_memory()
             to = world.device

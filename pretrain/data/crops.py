@@ -207,13 +207,13 @@ def crop_slice(
 ) -> Crops:
     """The crops of one slice [Y, X], each interpolated from its box alone; for the CPU."""
     image = _windowed(torch.from_numpy(hu)[None], draws.window[None], settings, window)[0]
-    base = max(shape.global_size, shape.gram_size or 0)
-    sizes = [base] * 2 + [shape.local_size] * settings.n_local
+    base, n = max(shape.global_size, shape.gram_size or 0), settings.n_local
+    globals_ = torch.empty(2, len(image), base, base)
+    locals_ = torch.empty(n, len(image), shape.local_size, shape.local_size)
     boxes, flips = draws.boxes.tolist(), draws.flips.tolist()
-    crops = [resample_one(image, *each) for each in zip(boxes, flips, sizes, strict=True)]
-    empty = image.new_empty(0, len(image), shape.local_size, shape.local_size)
-    locals_ = torch.stack(crops[2:]) if settings.n_local else empty
-    return _finish(torch.stack(crops[:2]), locals_, draws.amounts, draws.keys, settings, shape, window)
+    for box, flip, out in zip(boxes, flips, [*globals_, *locals_], strict=True):
+        resample_one(image, box, flip, out)
+    return _finish(globals_, locals_, draws.amounts, draws.keys, settings, shape, window)
 
 
 @torch.no_grad()

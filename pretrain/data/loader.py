@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
+from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from pretrain.data.steps import Fault, Steps
 __all__ = ["Batches", "WorldLike"]
 
 LOG = logging.getLogger(__name__)
+DYING = 2.0  # seconds that a process may still count as alive when its connection is gone
 RECENT = 1000  # steps within which deaths of workers are counted together
 CAUSES = {
     signal.SIGKILL: ("SIGKILL", "most likely memory ran out and the system ended the largest process"),
@@ -159,19 +161,26 @@ class Batches(Iterator[Batch]):
         """What the workers have made of the next step; begins them again as long as deaths are few."""
         while True:
             failed: Exception | None = None
-            if not self._dead():
+            dead = self._dead(0)
+            if not dead:
                 try:
                     return next(self._loaded)
                 except (RuntimeError, OSError, EOFError) as error:  # whatever a broken connection is told as
-                    if not self._dead():
+                    dead = self._dead(DYING)
+                    if not dead:
                         raise  # raised by a worker, which lives
                     failed = error
-            self._bury(self._dead(), failed)
+            self._bury(dead, failed)
             self._end()
             self._loaded = self._begin()
 
-    def _dead(self) -> list[Any]:
-        return [worker for worker in getattr(self._loaded, "_workers", ()) if not worker.is_alive()]
+    def _dead(self, seconds: float) -> list[Any]:
+        """Workers that are dead, or end within this time."""
+        workers = {worker.sentinel: worker for worker in getattr(self._loaded, "_workers", ())}
+        ended = [workers[sentinel] for sentinel in wait(list(workers), seconds)] if workers else []
+        for worker in ended:
+            worker.join(DYING)  # a moment passes before it has an exit code
+        return [worker for worker in ended if worker.exitcode is not None]
 
     def _bury(self, dead: list[Any], error: Exception | None) -> None:
         """Says who died, when and why; raises StreamError when it happens too often."""

@@ -51,9 +51,10 @@ class HuWindow(Settings):
             raise ValueError("a window {low, high, mean, std} or a list of such windows is expected")
         if len(windows) == 1:
             return windows[0]
-        names = dict.fromkeys([*cls.model_fields, *(name for window in windows for name in window)])
-        defaults = {name: field.default for name, field in cls.model_fields.items()}
-        return {name: [window.get(name, defaults.get(name)) for window in windows] for name in names}
+        if unknown := {str(name) for window in windows for name in window} - cls.model_fields.keys():
+            raise ValueError(f"no such setting of a window: {', '.join(sorted(unknown))}")
+        fields = cls.model_fields.items()
+        return {name: [window.get(name, field.default) for window in windows] for name, field in fields}
 
     @model_validator(mode="after")
     def _ordered(self) -> HuWindow:
