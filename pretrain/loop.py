@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,6 +170,11 @@ def _collected() -> Iterator[None]:
             gc.enable()
 
 
+def _resident_gib() -> float:
+    """The most memory that this process has had at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
 @dataclass
 class _Meter:
     """The steps since the last line: their numbers stay on the device until `report` reads them all at once."""
@@ -227,7 +234,7 @@ class _Meter:
             terms=losses,
             slices_per_step=len(self.rows[-1][1]) * self.world.size,
             wait=min(self.waited / elapsed, 1.0),
-            memory_gib=torch.cuda.max_memory_allocated(self.world.device) / 2**30 if cuda else None,
+            memory_gib=torch.cuda.max_memory_allocated(self.world.device) / 2**30 if cuda else _resident_gib(),
             mfu=self.flops * len(self.rows) / elapsed / self.peak if self.flops and self.peak else None,
         )
         self._judge(matrix, kept)
