@@ -5,6 +5,8 @@ LoopError(ValueError)    a run that cannot go on: too many steps in a row whose 
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,11 @@ B = TypeVar("B")
 
 class LoopError(ValueError):
     """The run cannot go on; the text names step, rank, term and samples."""
+
+
+def _resident_gib() -> float:
+    """The most memory that this process has had at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 @dataclass
@@ -89,7 +96,7 @@ class Meter:
             more=norms,
             slices_per_step=len(self.rows[-1][1]) * self.world.size,
             wait=min(self.waited / elapsed, 1.0),
-            memory_gib=torch.cuda.max_memory_allocated(self.world.device) / 2**30 if cuda else None,
+            memory_gib=torch.cuda.max_memory_allocated(self.world.device) / 2**30 if cuda else _resident_gib(),
             mfu=self.flops * len(self.rows) / elapsed / self.peak if self.flops and self.peak else None,
         )
         self._judge(matrix, kept)

@@ -101,7 +101,17 @@ def add_rows(x: Tensor, rows: Tensor, change: Tensor, factors: list[tuple[int, f
 
     ``factors`` are (rows, factor). Neither ``x`` nor ``change`` is kept.
     """
+    if torch.compiler.is_compiling():
+        return _added(x, rows, change, factors)
     return _AddRows.apply(x, rows, change, factors)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _added(x: Tensor, rows: Tensor, change: Tensor, factors: list[tuple[int, float]]) -> Tensor:
+    result, sizes = x.clone(), [size for size, _ in factors]
+    parts = zip(torch.split(rows, sizes), torch.split(change.to(x.dtype), sizes), factors, strict=True)
+    for own, part, (_, factor) in parts:
+        result.index_add_(0, own, part, alpha=factor)
+    return result
 
 
 class _AddRows(torch.autograd.Function):
@@ -109,12 +119,7 @@ class _AddRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rows: Tensor, change: Tensor, factors: list[tuple[int, float]]) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.factors, ctx.dtype = factors, change.dtype
-        result, sizes = x.clone(), [size for size, _ in factors]
-        for own, part, (_, factor) in zip(
-            torch.split(rows, sizes), torch.split(change.to(x.dtype), sizes), factors, strict=True
-        ):
-            result.index_add_(0, own, part, alpha=factor)
-        return result
+        return _added(x, rows, change, factors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -132,6 +132,8 @@ def rotate(x: Tensor, table: Table) -> Tensor:
     Computed in the table's precision, returned in that of ``x``. Nothing of ``x`` is kept for the backward pass: it
     turns the gradient back.
     """
+    if torch.compiler.is_compiling():
+        return _turn(x, *table)
     return _Rotate.apply(x, *table)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -155,7 +157,7 @@ def _turn(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     a, b = y[:, prefix:].chunk(2, dim=-1)
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     result[:, :prefix] = y[:, :prefix]
-    first, second = result[:, prefix:].chunk(2, dim=-1)
-    first.copy_(a * cos_a - b * sin_a)
-    second.copy_(b * cos_b + a * sin_b)
+    half = a.shape[-1]
+    result[:, prefix:, :, :half] = a * cos_a - b * sin_a
+    result[:, prefix:, :, half:] = b * cos_b + a * sin_b
     return result
