@@ -121,6 +121,11 @@ def step_seed(seed: int, step: int, rank: int, part: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def _due(step: int, every: int) -> bool:
+    """Whether something is to be done after ``step`` finished steps; never where ``every`` is 0."""
+    return every > 0 and step % every == 0
+
+
 @contextmanager
 def _collected() -> Iterator[None]:
     """Leave garbage collection to the loop: a rank that collects when it likes makes all others wait."""
@@ -133,29 +138,23 @@ def _collected() -> Iterator[None]:
             gc.enable()
 
 
-def _differentiate(
-    method: Method, batch: Any, step: int, world: World, settings: LoopSettings
-) -> tuple[tuple[str, ...], Tensor]:
-    """Leave the gradients of the mean over the parts of a batch; the terms' names and their means, [terms] fp32."""
+def _parts(method: Method, batch: Any, step: int, world: World, settings: LoopSettings) -> Iterator[tuple[Any, float]]:
+    """The parts of a batch, each with its share in the mean; when one is yielded, it may be learnt from."""
 
     def seed(part: int) -> None:
         torch.manual_seed(step_seed(settings.seed, step, world.rank, part))
 
-    names: tuple[str, ...] = ()
-    means: list[Tensor] = []
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+    with _autocast(world, settings):
         parts = method.parts(batch, step, settings.accumulate, seed)
     for number, part in enumerate(parts):
         seed(number)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            terms = method.loss(part, step)
-        names = tuple(terms)
-        losses = torch.stack([term.float() for term in terms.values()]) / len(parts)
         if len(parts) > 1:
             reduce_gradients(method.student, number == len(parts) - 1)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        means.append(losses.detach())
-    return names, torch.stack(means).sum(0)
+        yield part, 1 / len(parts)
+
+
+def _autocast(world: World, settings: LoopSettings) -> torch.autocast:
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 @contextmanager
@@ -184,7 +183,6 @@ def train(
     peak: float = 0.0,
 ) -> Ended:
     """Run the steps that the newest checkpoint leaves to do. `batches` must yield the batch of that step first.
-
     `validate(step)` is called on every rank after each `validate_every` steps. A method whose EMA is to skip bad steps
     shares `guard`. `flops` are those of one step on this rank, `peak` the device's FLOP/s; both 0 where not known.
     """
@@ -199,25 +197,29 @@ def train(
             schedules.apply(optimizer, step - 1)
             batch = meter.next(batches)
             optimizer.zero_grad(set_to_none=True)
-            terms, losses = _differentiate(method, batch, step - 1, world, settings)
+            means: list[Tensor] = []
+            for part, share in _parts(method, batch, step - 1, world, settings):
+                with _autocast(world, settings):
+                    terms = method.loss(part, step - 1)
+                losses = torch.stack([term.float() for term in terms.values()]) * share
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+                means.append(losses.detach())
             norms = clip_gradients(method.student, settings.clip)
-            values = torch.cat([losses, torch.stack(list(norms.values()))])
+            values = torch.cat([torch.stack(means).sum(0), torch.stack(list(norms.values()))])
             dog.at("optimizer")
             guard.judge(values)
             guard.step(optimizer)
             method.after_step(step - 1)
             meter.add(step - 1, batch.keys, (*terms, *(f"grad/{name}" for name in norms)), values, guard.keep)
-            if step % settings.gc_every == 0:
+            if _due(step, settings.gc_every):
                 gc.collect()
             last = step == settings.steps
             dog.at("validation")
-            seen = (
-                validate(step) if validate and settings.validate_every and step % settings.validate_every == 0 else {}
-            )
+            seen = validate(step) if validate and _due(step, settings.validate_every) else {}
             dog.at("agreement")
             stopping = stop.agreed()
             dog.at("log")
-            if seen or last or stopping or step % settings.log_every == 0:
+            if seen or last or stopping or _due(step, settings.log_every):
                 meter.report({"lr": schedules.lr(step - 1)}, len(terms), seen)
             dog.at("checkpoint")
             checkpoints.maybe_save(step, last=last or bool(stopping))

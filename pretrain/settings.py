@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 
 import launch.settings
 from launch.settings import choice
-from pretrain.checkpoint import CheckpointError, CheckpointSettings, newest
+from pretrain.checkpoint import CheckpointSettings
+from pretrain.checkpoint_files import CheckpointError, newest
 from pretrain.data.stream import DataSettings
 from pretrain.loop import LoopSettings
 from pretrain.methods import Source, SourceError

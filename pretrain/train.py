@@ -16,7 +16,7 @@ from launch.distributed import World, world
 from launch.log import Log
 from launch.run import Outcome, Stopped
 from pretrain.checkpoint import Checkpoints, checkpoint_bytes
-from pretrain.data.corpora import overlaps
+from pretrain.data.corpora import Corpora, overlaps
 from pretrain.data.stream import batches, check
 from pretrain.flops import flops_per_step, layer_table, peak_flops
 from pretrain.loop import Ended, Guard, train
@@ -44,7 +44,7 @@ def main(settings: Settings) -> Outcome:
         for line in overlaps(settings.data) if here.rank == 0 else ():
             say(f"warning: {line}")
         _check_parts(settings, here)
-        seen = prepare(settings.watch, settings.data, settings.model.patch_size, corpora[0], here, say)
+        seen = prepare(settings.watch, settings.data, settings.model.patch_size, Corpora(corpora), here, say)
         torch.set_float32_matmul_precision("high" if settings.precision == "bf16" else "highest")
         guard = Guard(here.device)
         method = build_method(settings, guard)

@@ -85,6 +85,11 @@ class HuWindow(Settings):
         low, high, mean, std = self._numbers()
         return hu.to(torch.float32, copy=True).clamp_(low, high).sub_(mean).div_(std)
 
+    def hu(self, normalised: Tensor) -> Tensor:
+        """What `apply` was given, as far as the one window shows it."""
+        _, _, mean, std = self._numbers()
+        return normalised * std + mean
+
     def image(self, hu: Tensor) -> Tensor:
         """HU [..., Y, X] -> normalised float32 [..., C, Y, X], a channel for each window."""
         if self.channels == 1:

@@ -216,7 +216,7 @@ class SelfDistillation:
             for number, part in enumerate(parts):
                 seed(number)
                 teacher = Views(self.teacher["backbone"](part.global_crops))
-                student = self._look(part) if watched else teacher
+                student = Views(*self.student["backbone"](*_student_input(part))) if watched else teacher
                 for name, term in coupled.items():
                     collected[name].append(term.collect(self._given(name, step, part, student, teacher)))
             shared = {name: term.combine(step, collected[name], self._heads(name)[1]) for name, term in coupled.items()}
@@ -231,7 +231,7 @@ class SelfDistillation:
         if batch.shared is None or self._live:
             with torch.no_grad():
                 teacher = Views(self.teacher["backbone"](batch.global_crops))
-        student = self._look(batch)
+        student = Views(*self.student["backbone"](*_student_input(batch)))
         gram = None
         if self._live and teacher is not None:
             gram, batch = teacher.globals_, replace(batch, gram_crops=None)
@@ -247,12 +247,6 @@ class SelfDistillation:
                 continue
             losses[name] = term.weight(step) * term.loss(self._given(name, step, batch, student, teacher, gram))
         return losses
-
-    def _look(self, batch: Batch) -> Views:
-        """The student's views of a batch: the global crops masked, with the local crops in one stream."""
-        if batch.local_crops.numel():
-            return Views(*self.student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None]))
-        return Views(self.student["backbone"](batch.global_crops, batch.masks))
 
     def _heads(self, name: str) -> tuple[nn.Module | None, nn.Module | None]:
         """A term's head in student and teacher."""
@@ -283,6 +277,13 @@ class SelfDistillation:
     def state(self) -> dict[str, Any]:
         """Everything but the optimizer's: a count of renewals is not needed, the step tells it."""
         return {name: network.state_dict() for name, network in self.networks.items()}
+
+
+def _student_input(batch: Batch) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The global crops masked and, where there are any, the local crops, as one stream."""
+    if not batch.local_crops.numel():
+        return [batch.global_crops], [batch.masks]
+    return [batch.global_crops, batch.local_crops], [batch.masks, None]
 
 
 def _heads(

@@ -15,7 +15,7 @@ from torch import Tensor
 from launch.settings import Settings
 from pretrain.data.window import HuWindow
 from pretrain.watch.pairs import Pair, ProbeError, groups, read_pair
-from pretrain.watch.patches import on_body, patch_classes, resize_image, resize_labels
+from pretrain.watch.patches import on_body, patch_classes, resize_hu, resize_image, resize_labels
 
 __all__ = ["Drawn", "Labelled", "balanced", "label_patches"]
 
@@ -90,10 +90,10 @@ def _slices(pair: Pair, patch: int, window: HuWindow, settings: Drawn) -> list[t
     found = []
     for first in range(0, count, _AT_ONCE):
         some = picked[first : first + _AT_ONCE]
-        normalised = window.apply(torch.from_numpy(np.ascontiguousarray(hu[some], np.float32)))[:, None]
-        image = resize_image(normalised, (height, width))
+        pixels = torch.from_numpy(np.ascontiguousarray(hu[some], np.float32))
+        image = resize_image(window.image(pixels), (height, width))
         classes = patch_classes(resize_labels(np.rint(labels[some]).astype(np.int64), (height, width)), patch)
-        found.append((image, np.where(on_body(image, window, patch).numpy(), classes, -1)))
+        found.append((image, np.where(on_body(resize_hu(pixels, (height, width)), patch).numpy(), classes, -1)))
     return found
 
 

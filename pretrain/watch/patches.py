@@ -9,17 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_curation.box import BODY_HU
-from pretrain.data.window import HuWindow
 
-__all__ = ["body_mask", "on_body", "patch_classes", "resize_image", "resize_labels"]
+__all__ = ["body_mask", "on_body", "patch_classes", "resize_hu", "resize_image", "resize_labels"]
 
 
-def body_mask(normalised: NDArray[np.float32], window: HuWindow) -> NDArray[np.bool_]:
-    """The pixels [Y, X] of the patient in a normalised slice: the largest part above -500 HU, with lungs and gas inside
-    it. A couch is another part, where air lies between."""
+def body_mask(hu: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """The pixels [Y, X] of the patient in a slice: the largest part above -500 HU, with lungs and gas inside it. A
+    couch is another part, where air lies between."""
     from scipy import ndimage
 
-    solid = normalised > (BODY_HU - window.mean) / window.std
+    solid = hu > BODY_HU
     parts, count = ndimage.label(solid)
     if not count:
         return np.asarray(solid)
@@ -27,9 +26,9 @@ def body_mask(normalised: NDArray[np.float32], window: HuWindow) -> NDArray[np.b
     return np.asarray(ndimage.binary_fill_holes(parts == largest), bool)
 
 
-def on_body(images: Tensor, window: HuWindow, patch: int) -> Tensor:
-    """Bool [B, N], for normalised slices [B, 1, H, W]: at least half of the patch's pixels lie on the body."""
-    masks = np.stack([body_mask(image.numpy(), window) for image in images[:, 0]])
+def on_body(hu: Tensor, patch: int) -> Tensor:
+    """Bool [B, N], for slices [B, 1, H, W] in HU: at least half of the patch's pixels lie on the body."""
+    masks = np.stack([body_mask(image.numpy()) for image in hu[:, 0]])
     blocks = masks.reshape(len(masks), masks.shape[1] // patch, patch, masks.shape[2] // patch, patch)
     return torch.from_numpy(blocks.mean((2, 4)) >= 0.5).flatten(1)
 
@@ -46,8 +45,13 @@ def patch_classes(labels: NDArray[np.int64], patch: int) -> NDArray[np.int64]:
     return found.reshape(batch, -1)
 
 
+def resize_hu(hu: Tensor, size: tuple[int, int]) -> Tensor:
+    """Slices [B, Y, X] in HU of any kind -> float32 [B, 1, *size], between -1000 and 1000 HU."""
+    return resize_image(hu.to(torch.float32).clamp(-1000, 1000)[:, None], size)
+
+
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Normalised slices [B, 1, Y, X] -> [B, 1, *size], antialiased bicubic as the training crops are."""
+    """Normalised slices [B, C, Y, X] -> [B, C, *size], antialiased bicubic as the training crops are."""
     if image.shape[-2:] == size:
         return image
     return F.interpolate(image, size=size, mode="bicubic", antialias=True)

@@ -78,15 +78,15 @@ def queries(body: Tensor, side: int, seed: int) -> NDArray[np.int64]:
     return found
 
 
-def pca_picture(seen: Reference, rgb: NDArray[np.float64], window: HuWindow) -> Image:
+def pca_picture(seen: Reference, rgb: NDArray[np.float64]) -> Image:
     """A line a slice: the slice, its patches in the colours of `colours`, for the slices that `rgb` [P, N, 3] has."""
     lines = []
-    for grey, colour in zip(_grey(seen.whole[:, 0], window), rgb, strict=False):
+    for grey, colour in zip(_grey(seen.hu[:, 0]), rgb, strict=False):
         lines.append([_three(grey), colour.reshape(seen.side, seen.side, 3)])
     return _tiled(lines, seen)
 
 
-def likeness_picture(seen: Reference, patches: Tensor, at: NDArray[np.int64], window: HuWindow) -> Image:
+def likeness_picture(seen: Reference, patches: Tensor, at: NDArray[np.int64]) -> Image:
     """A line a slice: the slice with its marked patches, then for each of them (`at` [P, Q]) the cosine of all patches
     [P, N, D] with it, from 0 (black) to 1 (white)."""
     from matplotlib import colormaps
@@ -94,7 +94,7 @@ def likeness_picture(seen: Reference, patches: Tensor, at: NDArray[np.int64], wi
     unit = F.normalize(patches.double(), dim=-1)
     marks = [np.array(colour) for colour in ((1.0, 0.3, 0.3), (0.3, 1.0, 0.4), (0.4, 0.6, 1.0))]
     lines = []
-    for grey, features, picked in zip(_grey(seen.whole[:, 0], window), unit, at, strict=False):
+    for grey, features, picked in zip(_grey(seen.hu[:, 0]), unit, at, strict=False):
         marked = _three(grey)
         patch = len(grey) // seen.side
         maps = []
@@ -115,22 +115,28 @@ def crops_picture(seen: Reference, count: int, window: HuWindow) -> Image:
     batch, images = seen.batch, seen.batch.images
     lines = []
     for slice_ in range(count):
-        line = [_three(_grey(seen.whole[slice_, 0], window))]
+        line = [_three(_grey(seen.hu[slice_, 0]))]
         for crop in (slice_, images + slice_):
-            grey = _three(_grey(batch.global_crops[crop, 0], window))
+            grey = _three(_grey(_in_hu(batch.global_crops[crop], window)))
             hidden = _larger(batch.masks[crop].view(seen.side, seen.side).numpy(), len(grey))
             grey[hidden] = 0.6 * grey[hidden] + 0.4 * _HIDDEN
             line.append(grey)
-        line += [_three(_grey(crop[0], window)) for crop in batch.local_crops[slice_::images]]
+        line += [_three(_grey(_in_hu(crop, window))) for crop in batch.local_crops[slice_::images]]
         lines.append(line)
     return _tiled(lines, seen)
 
 
-def _grey(normalised: Tensor, window: HuWindow) -> NDArray[np.float64]:
-    """Normalised pixels of any shape -> grey from 0 to 1."""
-    hu = normalised.double().numpy() * window.std + window.mean
-    grey: NDArray[np.float64] = np.clip((hu - LEVEL) / WIDTH + 0.5, 0, 1)
+def _grey(hu: Tensor) -> NDArray[np.float64]:
+    """HU of any shape -> grey from 0 to 1."""
+    grey: NDArray[np.float64] = np.clip((hu.double().numpy() - LEVEL) / WIDTH + 0.5, 0, 1)
     return grey
+
+
+def _in_hu(crop: Tensor, window: HuWindow) -> Tensor:
+    """A normalised crop [C, S, S] back in HU [S, S], from the channel with the widest window."""
+    parts = window.parts
+    channel = max(range(len(parts)), key=lambda i: parts[i].normalised[1] - parts[i].normalised[0])
+    return parts[channel].hu(crop[channel].double())
 
 
 def _three(grey: NDArray[np.float64]) -> NDArray[np.float64]:

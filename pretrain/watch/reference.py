@@ -14,10 +14,11 @@ from torch import Tensor
 from data_curation.box import BODY_HU
 from data_curation.corpus import CorpusError
 from pretrain.data.batch import Batch
+from pretrain.data.corpora import Corpora
 from pretrain.data.crops import crop_slice, draw_crops
 from pretrain.data.masks import draw_masks
-from pretrain.data.stream import DataSettings, Slices
-from pretrain.watch.patches import on_body, resize_image
+from pretrain.data.settings import DataSettings
+from pretrain.watch.patches import on_body, resize_hu, resize_image
 
 __all__ = ["Reference", "reference"]
 
@@ -29,9 +30,10 @@ _TRIES = 8  # slices looked at for each that is needed
 class Reference:
     """Chosen slices on the CPU. The shape of the crops is that of the run, the first of a mix."""
 
-    whole: Tensor  # float32 [S, 1, H, H], normalised: the largest central square, neither flipped nor distorted
+    whole: Tensor  # float32 [S, C, H, H], normalised: the largest central square, neither flipped nor distorted
+    hu: Tensor  # float32 [S, 1, H, H], the same from -1000 to 1000 HU, to be looked at
     body: Tensor  # bool [S, N]: patches on the body
-    batch: Batch  # the slices as training crops, one channel
+    batch: Batch  # the slices as training crops, a channel for each HU window
     side: int  # patches a side of `whole`, and of the batch's global crops
 
     @property
@@ -41,54 +43,59 @@ class Reference:
 
 
 def reference(
-    slices: Slices, data: DataSettings, patch_size: int, count: int, seed: int, say: Callable[[str], None]
+    corpora: Corpora, data: DataSettings, patch_size: int, count: int, seed: int, say: Callable[[str], None]
 ) -> Reference:
     """Choose `count` slices of the corpus by `seed`, the same on every rank and after every restart.
 
     Slices that show little body are passed over while there are others; unreadable ones are passed over and told.
     Raises CorpusError where none can be read.
     """
-    chosen = _chosen(slices, min(count, len(slices)), seed, say)
+    chosen = _chosen(corpora, data.crops.unit == "mm", min(count, len(corpora)), seed, say)
     shape, settings, window = data.crops.shapes[0], data.crops, data.window
     size = (shape.global_size, shape.global_size)
-    whole, crops = [], []
-    for number, hu in enumerate(chosen):
+    whole, pixels, crops = [], [], []
+    for number, (hu, spacing) in enumerate(chosen):
         side = min(hu.shape)
         top, left = ((n - side) // 2 for n in hu.shape)
-        square = torch.from_numpy(hu[top : top + side, left : left + side].copy())[None, None]
-        whole.append(resize_image(window.apply(square), size))
-        draws = draw_crops(settings, *hu.shape, seed=seed, sample=number)
+        square = torch.from_numpy(hu[top : top + side, left : left + side].copy())[None]
+        whole.append(resize_image(window.image(square), size))
+        pixels.append(resize_hu(square, size))
+        draws = draw_crops(settings, *hu.shape, seed=seed, sample=number, spacing=spacing)
         crops.append(crop_slice(hu, draws, settings, shape, window))
-    images, grid = torch.cat(whole), shape.global_size // patch_size
+    looked_at, grid = torch.cat(pixels), shape.global_size // patch_size
     masking = data.masks.model_copy(update={"group": None})
     masks = draw_masks(masking, (grid, grid), len(chosen), seed=seed, step=0, rank=0)
     batch = Batch(
-        torch.stack([crop.globals_ for crop in crops], 1).flatten(0, 1)[:, None],
-        torch.stack([crop.locals_ for crop in crops], 1).flatten(0, 1)[:, None],
+        torch.stack([crop.globals_ for crop in crops], 1).flatten(0, 1),
+        torch.stack([crop.locals_ for crop in crops], 1).flatten(0, 1),
         None,
         masks.masks,
         masks.indices,
         masks.weights,
-        tuple(f"{zlib.crc32(hu.tobytes()):08x}" for hu in chosen),
+        tuple(f"{zlib.crc32(hu.tobytes()):08x}" for hu, _ in chosen),
     )
-    return Reference(images, on_body(images, window, patch_size), batch, grid)
+    return Reference(torch.cat(whole), looked_at, on_body(looked_at, patch_size), batch, grid)
 
 
-def _chosen(slices: Slices, count: int, seed: int, say: Callable[[str], None]) -> list[NDArray[np.int16]]:
-    good: list[NDArray[np.int16]] = []
-    other: list[NDArray[np.int16]] = []
+Chosen = tuple[NDArray[np.int16], tuple[float, float] | None]  # pixels in HU, and their spacing where it is needed
+
+
+def _chosen(corpora: Corpora, spaced: bool, count: int, seed: int, say: Callable[[str], None]) -> list[Chosen]:
+    good: list[Chosen] = []
+    other: list[Chosen] = []
     fault: CorpusError | None = None
     rng = np.random.default_rng([seed, 0])
-    candidates = rng.choice(len(slices), size=min(len(slices), _TRIES * count), replace=False)
+    candidates = rng.choice(len(corpora), size=min(len(corpora), _TRIES * count), replace=False)
     for index in candidates.tolist():
+        corpus, i = corpora.of(index)
         try:
-            hu = slices.hu(index)
+            hu = corpus.hu(i)
         except CorpusError as error:
             say(f"watch: {error}; another slice is watched in its place")
             fault = error
             continue
         shows = float((hu > BODY_HU).mean()) >= _BODY
-        (good if shows else other).append(hu)
+        (good if shows else other).append((hu, corpus.spacing(i) if spaced else None))
         if len(good) == count:
             break
     if not good and not other and fault is not None:

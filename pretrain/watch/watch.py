@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from launch.distributed import World, agree
 from launch.log import Log
-from pretrain.data.stream import DataSettings, Slices
+from pretrain.data.corpora import Corpora
+from pretrain.data.settings import DataSettings
 from pretrain.data.window import HuWindow
 from pretrain.losses.gram import gram_loss
 from pretrain.methods import Trainable
@@ -55,7 +56,7 @@ def prepare(
     settings: WatchSettings,
     data: DataSettings,
     patch_size: int,
-    slices: Slices,
+    corpora: Corpora,
     here: World,
     say: Callable[[str], None],
 ) -> Prepared | None:
@@ -65,7 +66,7 @@ def prepare(
     """
     if not settings.period:
         return None
-    seen = reference(slices, data, patch_size, settings.slices, settings.seed, say)
+    seen = reference(corpora, data, patch_size, settings.slices, settings.seed, say)
     labelled, passes = None, 0
     if settings.probe is not None:
         labelled, passes = _labelled(settings.probe, data.window, patch_size, here)
@@ -260,8 +261,8 @@ class Watch:
             scores = pictures.aligned(scores, earlier, body)
         keep_colours(folder, step, scores)
         made = {
-            "patches_pca": pictures.pca_picture(seen, pictures.colours(scores, body), window),
-            "patches_likeness": pictures.likeness_picture(seen, patches, self._queries, window),
+            "patches_pca": pictures.pca_picture(seen, pictures.colours(scores, body)),
+            "patches_likeness": pictures.likeness_picture(seen, patches, self._queries),
         }
         if earlier is None:  # they never change
             made["crops"] = pictures.crops_picture(seen, self._drawn, window)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.data.window import HuWindow
 from pretrain.watch import pictures
 from pretrain.watch.measures import divergence, patch_cosine, rankme, spread, target_use
 from pretrain.watch.patches import body_mask, on_body, patch_classes, resize_labels
@@ -86,17 +85,15 @@ def test_air_does_not_count() -> None:
 
 
 def test_a_body_is_its_largest_part_with_its_lungs_and_without_the_couch() -> None:
-    window = HuWindow()
     hu = torch.full((40, 40), -1000.0)
     hu[4:28, 4:36] = 40.0
     hu[10:20, 8:16] = -850.0  # lung
     hu[34:36, 2:38] = 100.0  # couch
     body = np.zeros((40, 40), bool)
     body[4:28, 4:36] = True
-    image = window.apply(hu)
-    assert np.array_equal(body_mask(image.numpy(), window), body)
-    assert not body_mask(window.apply(torch.full((8, 8), -1000.0)).numpy(), window).any()
-    blocks = on_body(image[None, None], window, 8)
+    assert np.array_equal(body_mask(hu.numpy()), body)
+    assert not body_mask(np.full((8, 8), -1000, np.float32)).any()
+    blocks = on_body(hu[None, None], 8)
     # The body covers rows 4 to 28 and columns 4 to 36: half of the patches at its sides, a quarter of those at corners.
     corners = {(0, 0), (0, 4), (3, 0), (3, 4)}
     expected = [[row < 4 and (row, column) not in corners for column in range(5)] for row in range(5)]

@@ -21,6 +21,7 @@ from launch.run import Stopped
 from launch.settings import load
 from pretrain import train
 from pretrain.checkpoint import newest, read_tensors
+from pretrain.data.corpora import Corpora
 from pretrain.data.stream import DataSettings
 from pretrain.loop import Guard
 from pretrain.methods.self_distillation import GramTeacher, build
@@ -157,7 +158,7 @@ def test_the_same_slices_are_chosen_again_and_dull_ones_last() -> None:
         def hu(self, i: int) -> Any:
             return np.full((80, 72), -1000, np.int16) if i % 3 else super().hu(i)
 
-    one, other = (reference(Mixed(), DATA, 16, 8, 0, print) for _ in range(2))
+    one, other = (reference(Corpora([Mixed()]), DATA, 16, 8, 0, print) for _ in range(2))
     assert one.keys == other.keys
     assert torch.equal(one.batch.global_crops, other.batch.global_crops)
     assert torch.equal(one.batch.masks, other.batch.masks)
@@ -166,8 +167,8 @@ def test_the_same_slices_are_chosen_again_and_dull_ones_last() -> None:
     dull = (one.whole.flatten(1).std(1) == 0).sum()
     assert dull == 0
     assert len(set(one.keys)) == 8
-    assert reference(Mixed(), DATA, 16, 8, 1, print).keys != one.keys
-    assert len(reference(Slices(), DATA, 16, 99, 0, print).keys) == 24
+    assert reference(Corpora([Mixed()]), DATA, 16, 8, 1, print).keys != one.keys
+    assert len(reference(Corpora([Slices()]), DATA, 16, 99, 0, print).keys) == 24
 
 
 def test_networks_are_left_as_they_were_found_and_not_compiled_again() -> None:
@@ -196,7 +197,7 @@ def watched(rank: int, size: int, folder: Path, scans: Path) -> dict[int, dict[s
     def looks(here: World) -> dict[int, dict[str, float]]:
         probe = {"images": scans / "imagesTr", "labels": scans / "labelsTr", "size": 64, "slices": 2, "every": 2}
         settings = WatchSettings.model_validate({"every": 1, "slices": 6, "pictures": 2, "probe": probe})
-        prepared = prepare(settings, DATA, 16, Slices(), here, lambda text: None)
+        prepared = prepare(settings, DATA, 16, Corpora([Slices()]), here, lambda text: None)
         assert prepared is not None
         assert (prepared.labelled is None) == (rank > 0)
         terms = {"dino": {"head": HEAD}, "ibot": {"head": HEAD}, "gram": {}}
@@ -275,7 +276,7 @@ def refused(rank: int, size: int, folder: Path) -> str:
     settings = WatchSettings.model_validate({"probe": {"images": folder, "labels": folder}})
     with world("cpu") as here:
         try:
-            prepare(settings, DATA, 16, Slices(), here, lambda text: None)
+            prepare(settings, DATA, 16, Corpora([Slices()]), here, lambda text: None)
         except ProbeError as error:
             return str(error)
     return ""
