@@ -161,7 +161,7 @@ def _fingerprint(settings: Settings) -> str:
     """Hash what a checkpoint's numbers mean: model, method, optimizer, order of samples. Speed and place may change."""
     kept = settings.model_dump(mode="json", include={"model", "method", "optim", "seed"})
     kept["batches"] = [settings.data.batch_size, settings.data.seed]
-    if settings.data.corpora or settings.data.weights:
+    if len(settings.data.sources) > 1 or settings.data.weights:
         kept["shares"] = [[source.weight for source in settings.data.sources], settings.data.weights]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
