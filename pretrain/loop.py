@@ -115,12 +115,17 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 @contextmanager
-def _collected() -> Iterator[None]:
-    """Leave garbage collection to the loop: a rank that collects when it likes makes all others wait."""
+def _collected(every: int) -> Iterator[Callable[[int], None]]:
+    """Collect garbage at steps that are multiples of `every`: a rank that does as it likes makes the others wait."""
+
+    def collect(step: int) -> None:
+        if step % every == 0:
+            gc.collect()
+
     was = gc.isenabled()
     gc.disable()
     try:
-        yield
+        yield collect
     finally:
         if was:
             gc.enable()
@@ -161,7 +166,7 @@ def train(
     meter = Meter(world, settings.steps, settings.max_bad, log, flops, peak)
     dog = Watchdog(checkpoints.run, world, settings.watchdog, log.event if world.rank == 0 else print)
     batches, checkpoints.tick = dog.over(batches), dog.tick
-    with Stop() as stop, _collected(), dog, _finished(checkpoints):
+    with Stop() as stop, _collected(settings.gc_every) as collect, dog, _finished(checkpoints):
         for step in range(start + 1, settings.steps + 1):
             dog.begin(step)
             torch.manual_seed(step_seed(settings.seed, step - 1, world.rank))
@@ -179,13 +184,11 @@ def train(
             guard.step(optimizer)
             method.after_step(step - 1)
             meter.add(step - 1, batch.keys, (*terms, *(f"grad/{name}" for name in norms)), values, guard.keep)
-            if step % settings.gc_every == 0:
-                gc.collect()
+            collect(step)
             last = step == settings.steps
             dog.at("validation")
-            seen = (
-                validate(step) if validate and settings.validate_every and step % settings.validate_every == 0 else {}
-            )
+            looking = settings.validate_every and step % settings.validate_every == 0
+            seen = validate(step) if validate and looking else {}
             dog.at("agreement")
             stopping = stop.agreed()
             dog.at("log")
