@@ -127,12 +127,17 @@ def _due(step: int, every: int) -> bool:
 
 
 @contextmanager
-def _collected() -> Iterator[None]:
-    """Leave garbage collection to the loop: a rank that collects when it likes makes all others wait."""
+def _collected(every: int) -> Iterator[Callable[[int], None]]:
+    """Collect garbage at steps that are multiples of `every`: a rank that does as it likes makes the others wait."""
+
+    def collect(step: int) -> None:
+        if step % every == 0:
+            gc.collect()
+
     was = gc.isenabled()
     gc.disable()
     try:
-        yield
+        yield collect
     finally:
         if was:
             gc.enable()
@@ -191,7 +196,7 @@ def train(
     meter = Meter(world, settings.steps, settings.max_bad, log, flops, peak)
     dog = Watchdog(checkpoints.run, world, settings.watchdog, log.event if world.rank == 0 else print)
     batches, checkpoints.tick = dog.over(batches), dog.tick
-    with Stop() as stop, _collected(), dog, _finished(checkpoints):
+    with Stop() as stop, _collected(settings.gc_every) as collect, dog, _finished(checkpoints):
         for step in range(start + 1, settings.steps + 1):
             dog.begin(step)
             schedules.apply(optimizer, step - 1)
@@ -211,8 +216,7 @@ def train(
             guard.step(optimizer)
             method.after_step(step - 1)
             meter.add(step - 1, batch.keys, (*terms, *(f"grad/{name}" for name in norms)), values, guard.keep)
-            if _due(step, settings.gc_every):
-                gc.collect()
+            collect(step)
             last = step == settings.steps
             dog.at("validation")
             seen = validate(step) if validate and _due(step, settings.validate_every) else {}

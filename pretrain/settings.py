@@ -89,15 +89,6 @@ class Settings(launch.settings.Settings):
             raise ValueError(f"data.{error}") from None
         return self
 
-    @model_validator(mode="after")
-    def _goes_on_from_something(self) -> "Settings":
-        if self.init_from is None and (read := list(self._read_by_method())):
-            raise ValueError(
-                f"init_from: a run with method.{read[0]} goes on from an earlier one; name that (a run folder, a "
-                "checkpoint or a file), or say init_from: scratch if it is to begin from random weights"
-            )
-        return self
-
     @property
     def source(self) -> Source | None:
         """The weights to start from, where they are not fresh ones."""
@@ -107,7 +98,7 @@ class Settings(launch.settings.Settings):
         return getattr(self.method, "sources", {})
 
     def check_sources(self) -> None:
-        """Refuse a new run whose weights are not there, all of them at once, before anything is built.
+        """Refuse a new run whose weights are not there or not named, all at once, before anything is built.
 
         Raises SourceError. A run that goes on from its own checkpoint needs none.
         """
@@ -115,6 +106,11 @@ class Settings(launch.settings.Settings):
             return
         named = {"init_from": self.source, **{f"method.{key}": of for key, of in self._read_by_method().items()}}
         missing = [f"{key}: {wrong}" for key, of in named.items() if of is not None and (wrong := _missing(of))]
+        if self.init_from is None and (read := list(self._read_by_method())):
+            missing.append(
+                f"init_from: a run with method.{read[0]} goes on from an earlier one; name that (a run folder, a "
+                "checkpoint or a file), or say init_from=scratch if it is to begin from random weights"
+            )
         if missing:
             raise SourceError("\n  ".join([f"{len(missing)} source(s) of weights missing:", *missing]))
 
