@@ -116,7 +116,9 @@ class Settings(launch.settings.Settings):
     def sources(self) -> dict[str, Source]:
         """Weights of earlier runs that it reads, by key; a run that has one goes on from an earlier run."""
         gram = self.gram_teacher
-        return {} if gram is None else {"gram_teacher": Source(path=gram.path, step=gram.step)}
+        if gram is None or gram.path is None:
+            return {}
+        return {"gram_teacher": Source(path=gram.path, step=gram.step)}
 
     @property
     def active(self) -> dict[str, launch.settings.Settings]:

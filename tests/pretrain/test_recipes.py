@@ -16,6 +16,7 @@ from launch.crew import Workers
 from launch.settings import dump, find, load
 from pretrain import train
 from pretrain.checkpoint import newest, read_tensors
+from pretrain.methods import SourceError
 from pretrain.schedule import Schedule
 from pretrain.settings import Settings
 
@@ -149,8 +150,8 @@ def test_a_source_that_is_not_there_stops_it_at_once(
 
 def test_a_run_with_a_gram_teacher_begins_from_something_or_says_that_it_does_not(tmp_path: Path) -> None:
     words = [*GIVEN, "steps=1", "data.batch_size=1", "method.terms.gram.weight=2", "method.gram_teacher.path=before"]
-    with pytest.raises(ValueError, match=r"init_from: a run with method\.gram_teacher goes on.*init_from: scratch"):
-        load(Settings, None, words)
+    with pytest.raises(SourceError, match=r"init_from: a run with method\.gram_teacher goes on.*init_from=scratch"):
+        load(Settings, None, words).check_sources()
     meant = load(Settings, None, [*words, "init_from=scratch"])
     assert meant.source is None
     (tmp_path / "settings.yaml").write_text(dump(meant))
