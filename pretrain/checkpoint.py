@@ -187,12 +187,14 @@ class Checkpoints:
         if due and (flying := self._writing) is not None:
             said = f"a checkpoint is due, the one of step {flying.step} still being written"
             self._wait(step, said if flying.step != step else "")
-        if step == self._saved or not due:
-            return False
-        self._begin(step, self._settings.background and not last)
-        if last or not self._settings.background:
-            self._wait(step, final=last)
-        return True
+        new = due and step != self._saved
+        if new:
+            self._begin(step, self._settings.background and not last)
+            if last or not self._settings.background:
+                self._wait(step, final=last)
+        if last:
+            self.wait()  # the process may end at once, amid the deletion of older ones
+        return new
 
     def save(self, step: int) -> Path:
         """Write `step_<step>` aside, rename it when every byte is on the disk, then delete what no rule keeps."""
