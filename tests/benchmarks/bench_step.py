@@ -104,14 +104,14 @@ def profile(settings: Settings, device: torch.device, rounds: int = 5) -> dict[s
     times: dict[str, list[float]] = {}
 
     def losses() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.loop.precision == "bf16"):
             return torch.stack(list(method.loss(batch, 0).values()))
 
     def timed(part: str, work: Callable[[], object]) -> None:
         times.setdefault(part, []).append(seconds(work, device))
 
     def alone() -> None:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.loop.precision == "bf16"):
             teacher(batch.global_crops)
 
     for _ in range(rounds + 2):

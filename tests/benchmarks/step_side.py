@@ -36,7 +36,7 @@ def our_step(settings: Settings, device: torch.device) -> Step:
     def step(batch: Batch) -> dict[str, float]:
         schedules.apply(optimizer, 0)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.loop.precision == "bf16"):
             terms = method.loss(batch, 0)
         losses = torch.stack([term.float() for term in terms.values()])
         losses.sum().backward()

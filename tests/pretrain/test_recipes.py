@@ -15,7 +15,7 @@ from launch import cli
 from launch.crew import Workers
 from launch.settings import dump, find, load
 from pretrain import train
-from pretrain.checkpoint import newest, read_tensors
+from pretrain.checkpoint_files import newest, read_tensors
 from pretrain.methods import SourceError
 from pretrain.schedule import Schedule
 from pretrain.settings import Settings

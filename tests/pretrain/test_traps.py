@@ -18,9 +18,9 @@ from torch import nn
 
 from launch.log import step_line
 from launch.settings import load
-from pretrain.data.batch import sample_order
 from pretrain.data.crops import CropSettings, CropShape
 from pretrain.data.masks import MaskSettings, target_counts
+from pretrain.data.order import sample_order
 from pretrain.loop import Guard, step_seed
 from pretrain.losses import koleo
 from pretrain.losses._sinkhorn import sinkhorn

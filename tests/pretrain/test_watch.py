@@ -20,7 +20,7 @@ from launch.log import Log
 from launch.run import Stopped
 from launch.settings import load
 from pretrain import train
-from pretrain.checkpoint import newest, read_tensors
+from pretrain.checkpoint_files import newest, read_tensors
 from pretrain.data.corpora import Corpora
 from pretrain.data.stream import DataSettings
 from pretrain.loop import Guard
