@@ -108,7 +108,7 @@ def layer_macs(settings: VitSettings, crops: Sequence[tuple[int, int]]) -> FlopC
     all else that is done number by number, are not, so that twice the total is what torch counts. Nothing is computed.
     """
     with torch.device("meta"):
-        model = build(settings)
+        model = build(settings).eval()  # all of every branch, whatever drop path leaves out
         model.patch_embed.proj = _PatchProduct(model.in_channels, model.dim, model.patch_size)  # type: ignore[assignment]
         inputs = tuple(torch.empty(count, model.in_channels, side, side) for count, side in crops)
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)

@@ -221,7 +221,7 @@ def _report(released: Released, total: int, made: Mapping[str, str], dropped: li
     values = {"norm_eps": f"epsilon of the norms {s.norm_eps:g}", "heads": f"heads {s.shape[2]}"}
     values["interpolation"] = "antialiasing of positions for other grids (DINO and iBOT: model.positions.offset=0.1)"
     assumed = [values[name] for name in released.assumed if name in values]
-    hu = f"[{window.low:g}, {window.high:g}], mean {window.mean:.4f}, deviation {window.std:.4f}"
+    hu = window.said()
     lines = [
         ("used", f"{total - len(made)} of the model's {total} tensors come from the file"),
         ("renamed", _counted(released.renamed)),

@@ -168,6 +168,7 @@ def ranks(rank: int, size: int, folder: Path, first: Path, killed: int, point: i
 
 def losses(folder: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]  # the others are looks at the features
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step once"
     return [{name: value for name, value in row.items() if name.startswith(("loss", "term/"))} for row in rows]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.distributed import World, world
 from pretrain.data.batch import Batch
@@ -41,14 +42,19 @@ def test_what_is_rounded_and_what_is_not(residual: str, stream: torch.dtype) -> 
         block.register_forward_hook(
             lambda _, args, out: note("positions", *(t for pair in args[1].tables for t in pair))
         )
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda _, args, out: note("layers", args[0], out))
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.__name__.split(".")[0] in ("mm", "addmm"):
+                note("layers", *args)
+            return func(*args, **(kwargs or {}))
+
     torch.manual_seed(1)
-    features = model([torch.randn(2, 1, 64, 64), torch.randn(4, 1, 32, 32)])
+    with Products():
+        features = model([torch.randn(2, 1, 64, 64), torch.randn(4, 1, 32, 32)])
+        sum(f.cls.float().sum() for f in features).backward()
     assert seen == {"stream": {stream}, "positions": {FP32}, "layers": {BF16}}
     assert {f.cls.dtype for f in features} | {f.patches.dtype for f in features} == {stream}
-    sum(f.cls.float().sum() for f in features).backward()
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters() if p.grad is not None}
     assert {x.dtype for x in model.state_dict().values()} == {FP32}
     assert list(model.state_dict()) == list(build(VIT).state_dict())

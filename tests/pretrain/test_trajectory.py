@@ -37,11 +37,14 @@ HERE = World(0, 1, 0, torch.device("cpu"))
 class Recorder:
     """In the place of the log and of the checkpoints: what was logged, and how the networks stood after each step."""
 
-    def __init__(self, method: Any, optimizer: torch.optim.Optimizer) -> None:
-        self.method, self.optimizer = method, optimizer
+    def __init__(self, method: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        self.method, self.optimizer, self.run = method, optimizer, folder
         self.lines: list[dict[str, float]] = []
         self.after: list[dict[str, Any]] = []
         self.checkpoints: Checkpoints | None = None
+
+    def wait(self) -> None:
+        """Nothing is in flight."""
 
     def step(self, step: int, total: int, values: Any, *, terms: Any, more: Any, **_: Any) -> None:
         rates = [group["lr"] / group["lr_multiplier"] for group in self.optimizer.param_groups]
@@ -122,7 +125,7 @@ def follow(name: str, folder: Path, here: World = HERE, stop: int = 0, **changes
             fill(method.networks[network][part], module.state_dict())
     optimizer = build_optimizer(method.student, settings.optim)
     schedules = settings.optim.schedules(settings.steps, settings.data.batch_size)
-    recorder: Any = Recorder(method, optimizer)
+    recorder: Any = Recorder(method, optimizer, folder)
     ranks = range(variant.ranks) if here.size == 1 else range(here.rank, here.rank + 1)
     for end in [stop, STEPS] if stop else [STEPS]:
         loop = settings.loop.model_copy(update={"steps": end})
