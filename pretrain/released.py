@@ -221,7 +221,6 @@ def _report(released: Released, total: int, made: Mapping[str, str], dropped: li
     values = {"norm_eps": f"epsilon of the norms {s.norm_eps:g}", "heads": f"heads {s.shape[2]}"}
     values["interpolation"] = "antialiasing of positions for other grids (DINO and iBOT: model.positions.offset=0.1)"
     assumed = [values[name] for name in released.assumed if name in values]
-    hu = window.said()
     lines = [
         ("used", f"{total - len(made)} of the model's {total} tensors come from the file"),
         ("renamed", _counted(released.renamed)),
@@ -230,7 +229,7 @@ def _report(released: Released, total: int, made: Mapping[str, str], dropped: li
         ("dropped", _counted(dropped)),
         ("heads", ", ".join(released.heads) or "none in the file"),
         ("assumed", f"{' and '.join(assumed)}: the file does not say" if assumed else "nothing"),
-        ("window", f"HU {hu}" + (", assumed: the file does not say" if "window" in released.assumed else "")),
+        ("window", window.said() + (", assumed: the file does not say" if "window" in released.assumed else "")),
         *(("note", note) for note in notes),
     ]
     return "\n".join(

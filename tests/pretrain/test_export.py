@@ -125,7 +125,7 @@ def test_published_forms_give_the_same_function(tmp_path: Path, form: str) -> No
     assert window == HuWindow()
     (report,) = said
     assert "38 of the model's 38 tensors come from the file" in report
-    assert "deviation 178.0166, assumed: the file does not say" in report
+    assert "178.0 one, assumed: the file does not say" in report
     assert "renamed none" in report
     assert ("prefix 'module.backbone._checkpoint_wrapped_module.'" in report) == (form == "wrapped")
     assert ("heads   dino_head" in report) == (form == "teacher")
