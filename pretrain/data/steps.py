@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from data_curation.corpus import CorpusError
 from pretrain.data.batch import Batch
@@ -149,7 +150,12 @@ def _gather(crops: list[Crops]) -> Crops:
 
 def _pad(slices: list[NDArray[np.int16]]) -> Tensor:
     """Slices of any sizes as one [B, Y, X]; what is added is never looked at."""
-    padded = np.zeros((len(slices), max(s.shape[0] for s in slices), max(s.shape[1] for s in slices)), np.int16)
-    for out, hu in zip(padded, slices, strict=True):
+    shape = len(slices), max(s.shape[0] for s in slices), max(s.shape[1] for s in slices)
+    if get_worker_info() is None:
+        padded = torch.zeros(shape, dtype=torch.int16)
+    else:  # in the memory in which it goes to the trainer, so that it is copied once
+        shared = torch.UntypedStorage._new_shared(2 * math.prod(shape))  # type: ignore[no-untyped-call]
+        padded = torch.empty(0, dtype=torch.int16).set_(shared, 0, shape)
+    for out, hu in zip(padded.numpy(), slices, strict=True):
         out[: hu.shape[0], : hu.shape[1]] = hu
-    return torch.from_numpy(padded)
+    return padded
