@@ -148,6 +148,20 @@ def test_a_full_disk_is_said_and_tried_again(tmp_path: Path, gate: Gate, code: i
     assert newest(tmp_path) == tmp_path / "checkpoints" / "step_00000006"
 
 
+def test_a_save_that_is_due_when_one_fails_is_the_next_try(tmp_path: Path, gate: Gate) -> None:
+    said = list[str]()
+    checkpoints = made(tmp_path, Two(), said, every=2)
+    gate.code = errno.ENOSPC
+    assert checkpoints.maybe_save(2)
+    assert checkpoints._writing is not None
+    checkpoints._writing.wait(lambda: None)
+    gate.code = 0
+    assert checkpoints.maybe_save(4)
+    assert "training goes on and tries again at step 4 (" in "".join(said)
+    checkpoints.wait()
+    assert names(tmp_path) == ["step_00000004"]
+
+
 def test_the_last_save_must_succeed(tmp_path: Path, gate: Gate) -> None:
     checkpoints = made(tmp_path, Two(), [], every=1)
     gate.code = errno.ENOSPC
