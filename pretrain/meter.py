@@ -126,6 +126,6 @@ class Meter:
             if len(self.streak) >= self.max_bad:
                 raise LoopError(
                     f"{len(self.streak)} steps in a row were not finite and changed nothing; first: {self.streak[0]}."
-                    " Look at these samples, lower the learning rate or use precision=fp32, and run the command again:"
-                    " the newest checkpoint holds finite weights"
+                    " Look at these samples; the newest checkpoint holds finite weights, from which the same command"
+                    " continues, or with another learning rate or precision=fp32 a run in another folder"
                 )
