@@ -19,7 +19,6 @@ import pretrain.checkpoint_writer
 from launch.distributed import world
 from pretrain.checkpoint import Checkpoints, CheckpointSettings, checkpoint_bytes
 from pretrain.checkpoint_files import CheckpointError, newest, read_tensors
-from pretrain.meter import LoopError
 from tests.gloo import run_ranks
 from tests.pretrain import test_loop
 from tests.pretrain.test_checkpoint import HERE, Two, names
@@ -295,20 +294,24 @@ def test_a_signal_during_a_save_in_the_background(
     assert names(tmp_path) == ["step_00000002", "step_00000003"]
 
 
-def test_a_run_that_ends_by_bad_steps_keeps_the_save_in_flight(
-    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("spoilt", "code"), [(frozenset({5, 6, 7}), 0), (frozenset(), 0), (frozenset(), errno.EIO)])
+def test_a_run_that_ends_by_an_error_keeps_the_save_in_flight(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, spoilt: frozenset[int], code: int
 ) -> None:
     class Held(test_loop.Line):
         def after_step(self, step: int) -> None:
             super().after_step(step)
             if step == 4:
                 gate.open.clear()
+                gate.code = code
                 threading.Timer(0.5, gate.open.set).start()
+            if step == 7 and not spoilt:
+                raise ValueError("a shard is torn")
 
     monkeypatch.setitem(test_loop.run.__globals__, "Line", Held)
-    with pytest.raises(LoopError, match="3 steps in a row"):
-        test_loop.run(tmp_path, every=5, steps=20, log_every=1, max_bad=3, spoilt=frozenset({5, 6, 7}))
-    assert names(tmp_path) == ["step_00000005"]
+    with pytest.raises(ValueError, match="3 steps in a row" if spoilt else "a shard is torn"):
+        test_loop.run(tmp_path, every=5, steps=20, log_every=1, max_bad=3, spoilt=spoilt)
+    assert names(tmp_path) == ([] if code else ["step_00000005"])
 
 
 def test_a_plan_that_fails_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
