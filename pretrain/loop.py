@@ -193,11 +193,10 @@ def train(
     flops: float = 0.0,
     peak: float = 0.0,
 ) -> Ended:
-    """Run the steps that the newest checkpoint leaves to do. `batches` must yield the batch of that step first, which
-    tells its `keys` (the samples) and what was `replaced` among them.
-    `validate(step)` is called on every rank after each `validate_every` steps. A method whose EMA is to skip bad steps
-    shares `guard`. `flops` are those of one step on this rank, `peak` the device's FLOP/s; both 0 where not known.
-    """
+    """Run the steps that the newest checkpoint leaves to do; `batches` must yield the batch of that step first, each
+    with the `keys` of its samples and what was `replaced`. `validate(step)` is called on every rank after each
+    `validate_every` steps. A method whose EMA is to skip bad steps shares `guard`. `flops` are those of one step on
+    this rank, `peak` the device's FLOP/s; both 0 where not known."""
     guard = guard or Guard(world.device)
     start = step = checkpoints.restore()
     meter = Meter(world, settings.steps, settings.max_bad, log, flops, peak)
@@ -211,6 +210,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             means: list[Tensor] = []
             for part, share in _parts(method, batch, step - 1, world, settings):
+                dog.tick()
                 with _autocast(world, settings):
                     terms = method.loss(part, step - 1)
                 losses = torch.stack([term.float() for term in terms.values()]) * share

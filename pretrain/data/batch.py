@@ -71,7 +71,8 @@ class Batch:
             return torch.unflatten(tensor, 0, (-1, self.images))[:, first:end].flatten(0, 1)
 
         patches = self.masks.shape[1]
-        indices, weights, counts = [], [], []
+        indices, weights = [], []
+        counts: tuple[int, ...] = ()
         for crop in range(2):
             row = crop * self.images + first
             own = masked[row : row + end - first]
@@ -89,7 +90,7 @@ class Batch:
             mask_indices=torch.cat(indices),
             mask_weights=torch.cat(weights),
             keys=self.keys[first:end],
-            masked=tuple(counts),
+            masked=counts,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

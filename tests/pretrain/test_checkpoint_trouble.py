@@ -17,11 +17,11 @@ import torch
 
 import pretrain.checkpoint_writer
 from launch.distributed import world
-from pretrain.checkpoint import Checkpoints, CheckpointSettings, checkpoint_bytes
+from pretrain.checkpoint import Checkpoints, CheckpointSettings
 from pretrain.checkpoint_files import CheckpointError, newest, read_tensors
 from tests.gloo import run_ranks
 from tests.pretrain import test_loop
-from tests.pretrain.test_checkpoint import HERE, Two, names
+from tests.pretrain.test_checkpoint import Two, names
 
 
 class Gate:
@@ -323,17 +323,6 @@ def test_a_plan_that_fails_is_heard_of(tmp_path: Path, monkeypatch: pytest.Monke
         made(tmp_path, Two(), []).save(1)
 
 
-def test_the_copy_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
-    two = Two()
-    two.step(0)
-    checkpoints = made(tmp_path, two, [], every=1)
-    checkpoints.maybe_save(1)
-    checkpoints.wait()
-    taken = sum(tensor.nbytes for tensor in checkpoints._copy._buffers.values())
-    steps = 4 * len(list(two.student.parameters()))  # AdamW counts for each parameter
-    assert taken == checkpoint_bytes(two) + steps
-
-
 def signalled_waiting(rank: int, size: int, folder: Path) -> tuple[int, str]:
     """Rank 1 is told to stop while it waits for the first step's data; rank 0 never is."""
 
@@ -354,11 +343,3 @@ def signalled_waiting(rank: int, size: int, folder: Path) -> tuple[int, str]:
 def test_a_signal_while_the_first_data_are_waited_for(tmp_path: Path) -> None:
     assert run_ranks(f"{__file__}:signalled_waiting", 2, tmp_path, folder=tmp_path) == [(1, "SIGUSR2")] * 2
     assert names(tmp_path) == ["step_00000001"]
-
-
-def test_the_state_is_not_held_twice_without_a_background(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(
-        tmp_path, two := Two(), two.optimizer, HERE, CheckpointSettings(every=1, background=False)
-    )
-    checkpoints.maybe_save(1)
-    assert not checkpoints._copy._buffers
