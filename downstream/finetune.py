@@ -38,6 +38,7 @@ from pretrain.parallel import ParallelSettings, compile_blocks, recompute_blocks
 from pretrain.released import load_backbone
 from pretrain.schedule import Schedule, Schedules
 from pretrain.settings import LogSettings
+from pretrain.watchdog import WatchdogSettings
 
 __all__ = ["OptimSettings", "Settings", "dry_run", "main"]
 
@@ -99,6 +100,7 @@ class Settings(base.Settings):
         ParallelSettings(), description="compilation and recomputation; sharding: replicate"
     )
     log: LogSettings = Field(LogSettings(), description="lines, metrics.jsonl, TensorBoard")
+    watchdog: WatchdogSettings = Field(WatchdogSettings(), description="what happens when a run stands still")
 
 
 def main(settings: Settings) -> Outcome:
@@ -230,6 +232,7 @@ def _train(
         clip=optim.clip,
         log_every=settings.log.every,
         validate_every=settings.validate_every,
+        watchdog=settings.watchdog,
     )
 
     best = Best(settings.folder, model, header, start)

@@ -46,6 +46,7 @@ class Patches:
     images: Tensor  # [B, C, P, P] fp32, normalised; a channel for each HU window
     labels: Tensor  # [B, P, P] int64, class indices
     keys: tuple[str, ...]  # case and slice of each
+    replaced: tuple[str, ...] = ()  # nothing ever is: a case that cannot be read ends the run
 
     def parts(self, count: int) -> list[Patches]:
         """In `count` parts of equally many patches."""

@@ -76,8 +76,9 @@ VERBS = {
 
 # What may change when a run goes on: how fast and where it is, what is told of it, and how long (schedules follow).
 FREE = (
-    "steps", "device", "workers", "data.workers", "patches.workers", "prepare_workers", "timeout_s", "memory_gib",
-    "extend", "parallel", "checkpoint", "log", "watch",
+    "steps", "device", "workers", "data.workers", "data.prefetch", "data.start_method", "data.max_unreadable",
+    "data.max_unreadable_share", "data.max_worker_deaths", "patches.workers", "patches.ahead", "prepare_workers",
+    "timeout_s", "memory_gib", "extend", "parallel", "checkpoint", "log", "watch", "watchdog", "gc_every", "max_bad",
 )  # fmt: skip
 
 OPTIONS = {

@@ -34,7 +34,10 @@ class World:
 
 @contextmanager
 def world(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
-    """The world this process belongs to, joined for the time of the block and left at its end, also after an error.
+    """The world this process belongs to, joined for the time of the block and left at its end.
+
+    After an error NCCL's part is not left politely: that waits for ranks which stand in a collective, so that the error
+    would be told only when they give up. The process is about to end, which they notice.
 
     ``device``: "auto" (this rank's GPU, or the CPU where there is none), "cpu", "cuda" (this rank's GPU) or "cuda:1". A
     collective that takes longer than ``timeout_s`` raises. Raises DeviceError where torch does not see the GPU.
@@ -51,8 +54,11 @@ def world(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     try:
         yield World(rank, size, local_rank, chosen, local_size)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if chosen.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _ranks() -> tuple[int, int, int, int]:

@@ -6,8 +6,9 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from launch.progress import duration, rate
 from launch.run import now, write_text
@@ -19,22 +20,22 @@ class Log:
     """Writes into a run folder; with ``active=False`` (every rank but the first) it writes nothing.
 
     ``resume_step`` is the first step that will be logged again: lines of it and of later steps are dropped from
-    metrics.jsonl, and TensorBoard is told to forget them, so that each step is there once.
+    metrics.jsonl, and TensorBoard is told to forget them, so that each step is there once. A disk that is full costs
+    lines, which is said, but not the run.
     """
 
     def __init__(
         self, folder: Path, every: int = 10, tensorboard: bool = True, active: bool = True, resume_step: int = 0
     ) -> None:
         self.every, self.active = every, active
-        self._metrics: IO[str] | None = None
-        self._text: IO[str] | None = None
+        self._metrics: _Lines | None = None
+        self._text: _Lines | None = None
         self._board: _Board | None = None
         self._last = (max(resume_step - 1, 0), time.monotonic())
         if not active:
             return
         _drop_from(folder / "metrics.jsonl", resume_step)
-        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
+        self._metrics, self._text = _Lines(folder / "metrics.jsonl"), _Lines(folder / "log.txt")
         self._board = _Board(folder / "tensorboard", resume_step) if tensorboard else None
 
     def due(self, step: int, total: int) -> bool:
@@ -82,7 +83,7 @@ class Log:
             **(more or {}),
             **known,
         }
-        self._metrics.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        self._metrics.add(json.dumps({key: _plain(value) for key, value in row.items()}))
         if self._board is not None:
             numbers = {f"train/{name}": value for name, value in values.items()}
             numbers |= {f"term/{name}": value for name, value in terms.items()}
@@ -96,7 +97,7 @@ class Log:
             return
         assert self._metrics is not None
         row = {"step": step, "total": total, "at": now(), **values}
-        self._metrics.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        self._metrics.add(json.dumps({key: _plain(value) for key, value in row.items()}))
         if self._board is not None:
             self._board.add(step, values)
 
@@ -110,7 +111,7 @@ class Log:
         if self.active:
             assert self._text is not None
             print(text, flush=True)
-            self._text.write(f"{now()}  {text}\n")
+            self._text.add(f"{now()}  {text}")
 
     def close(self) -> None:
         """Flush and let go of the files; a second call does nothing."""
@@ -169,6 +170,33 @@ def _drop_from(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
+class _Lines:
+    """A file that lines are added to, each whole at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._lost, self._torn = False, False
+
+    def add(self, line: str) -> None:
+        """Add a line, or say that it is lost, once until there is room again."""
+        data = b"\n" * self._torn + line.encode() + b"\n"  # the part of a lost line that is there stays on its own
+        why = ""
+        try:
+            if (put := self._file.write(data)) < len(data):
+                why, self._torn = "no room for all of a line", put > 0 or self._torn
+            else:
+                self._torn = False
+        except OSError as error:
+            why = str(error.strerror)
+        if why and not self._lost:
+            print(f"warning: cannot write {self._path}: {why}; its lines are lost until there is room", flush=True)
+        self._lost = bool(why)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
+
+
 class _Board:
     """TensorBoard event files, written by its own package: torch's writer would bring torch in."""
 
@@ -177,7 +205,7 @@ class _Board:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._events, self._summaries = event_pb2, summary_pb2
-        self._writer = EventFileWriter(str(folder))
+        self._writer, self._lost = EventFileWriter(str(folder)), False
         if resume_step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._writer.add_event(event_pb2.Event(session_log=start, step=resume_step, wall_time=time.time()))
@@ -192,8 +220,15 @@ class _Board:
         self._write(step, [self._summaries.Summary.Value(tag=tag, image=image)])
 
     def _write(self, step: int, rows: list[Any]) -> None:
+        if self._lost:
+            return
         summary = self._summaries.Summary(value=rows)
-        self._writer.add_event(self._events.Event(summary=summary, step=step, wall_time=time.time()))
+        try:
+            self._writer.add_event(self._events.Event(summary=summary, step=step, wall_time=time.time()))
+        except OSError as error:  # of an earlier event, after which the writer takes no more
+            self._lost = True
+            print(f"warning: TensorBoard's file cannot be written: {error.strerror}; metrics.jsonl goes on", flush=True)
 
     def close(self) -> None:
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()

@@ -148,8 +148,10 @@ class Task:
                     subprocess.run(["scontrol", "requeue", job.job_id], check=True)
             return Outcome(next=(str(stop),)) if first else None
         except BaseException as error:
-            if first:
-                close_run(self.call.folder, "failed", error=say(error))
+            # The first to fail is the one to be told: the others mostly fail because it went away.
+            if not (self.call.folder / "outcome.json").exists():
+                who = "" if first else f"rank {job.global_rank}: "
+                close_run(self.call.folder, "failed", error=f"{who}{say(error)}")
             raise
         if first:
             close_run(self.call.folder, "done" if outcome.ok else "failed", outcome)

@@ -22,6 +22,7 @@ from launch.settings import Settings as Base
 __all__ = ["Settings", "Status", "main", "runs_beneath", "status_of"]
 
 QUIET_S = 120.0  # a process gives a sign every 15 s; few steps take longer than this
+SKEW_S = 60.0  # by which the clocks of two machines may differ
 
 State = Literal["queued", "running", "stopped", "done", "failed"]
 
@@ -112,7 +113,7 @@ def status_of(folder: Path) -> Status:
         metrics=metrics,
         error=str((outcome or {}).get("error", "")).strip(),
         checkpoint=_last_checkpoint(folder),
-        beats=tuple(read_beats(folder)) if state == "running" else (),
+        beats=_beats(folder, start["at"]) if state == "running" else (),
     )
 
 
@@ -147,6 +148,12 @@ def _ago(when: datetime) -> str:
     return duration(max((datetime.now().astimezone() - when).total_seconds(), 0))
 
 
+def _beats(folder: Path, since: str) -> tuple[Beat, ...]:
+    """Signs of life of the last start; a killed one before it has left some, which this one writes over later."""
+    begun = datetime.fromisoformat(since).timestamp() - SKEW_S
+    return tuple(beat for beat in read_beats(folder) if beat.at >= begun)
+
+
 def _still(beats: tuple[Beat, ...]) -> str:
     """Which process stands where when none has got on for a while, else ""; by the machines' clocks."""
     now = time.time()
@@ -166,17 +173,20 @@ def _last_checkpoint(folder: Path) -> tuple[int, datetime] | None:
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """The last whole line; a run that is writing may just have begun another."""
+    """The last whole line, over that of the last step, whose loss others lack; a run may just have begun another."""
     if not path.exists():
         return {}
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65536))
         lines = file.read().decode(errors="replace").splitlines()
+    found: dict[str, Any] = {}
     for line in reversed(lines):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict):
-            return row
-    return {}
+            found = row | found
+            if "loss" in row:
+                break
+    return found

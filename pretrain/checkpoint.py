@@ -251,8 +251,9 @@ class Checkpoints:
         remedy = f"make room in {self.folder} (checkpoint.keep is {self._settings.keep})"
         if final or self._failures >= limit:
             raise CheckpointError(f"{what} ({self._failures} in a row); {good}; {remedy}, then run the same command")
+        again = now + (-now % every or every * (step == now))  # one that is due now begins right after this
         self._say(
-            f"warning: {what}; {good}; training goes on and tries again at step {(now // every + 1) * every} "
+            f"warning: {what}; {good}; training goes on and tries again at step {again} "
             f"(failure {self._failures} of {limit} in a row, then it stops); {remedy}"
         )
 

@@ -22,6 +22,7 @@ from launch.distributed import World
 from launch.log import Log
 from launch.settings import Settings
 from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint_files import CheckpointError
 from pretrain.meter import LoopError, Meter
 from pretrain.optim import clip_gradients
 from pretrain.parallel import reduce_gradients
@@ -163,12 +164,17 @@ def _autocast(world: World, settings: LoopSettings) -> torch.autocast:
 
 
 @contextmanager
-def _finished(checkpoints: Checkpoints) -> Iterator[None]:
-    """See the checkpoint in flight to its end when the steps are no longer finite, which all ranks find together."""
+def _finished(checkpoints: Checkpoints, world: World, log: Log) -> Iterator[None]:
+    """See the checkpoint in flight to its end when an error comes that all ranks find together; a lone rank does so for
+    any but a second Ctrl-C."""
     try:
         yield
-    except LoopError:
-        checkpoints.wait()
+    except Exception as error:
+        if world.size == 1 or isinstance(error, LoopError):
+            try:
+                checkpoints.wait()
+            except CheckpointError as lost:  # the first error is the one to be told at the end
+                log.event(f"error: {lost}")
         raise
 
 
@@ -187,16 +193,16 @@ def train(
     flops: float = 0.0,
     peak: float = 0.0,
 ) -> Ended:
-    """Run the steps that the newest checkpoint leaves to do. `batches` must yield the batch of that step first.
-    `validate(step)` is called on every rank after each `validate_every` steps. A method whose EMA is to skip bad steps
-    shares `guard`. `flops` are those of one step on this rank, `peak` the device's FLOP/s; both 0 where not known.
-    """
+    """Run the steps that the newest checkpoint leaves to do; `batches` must yield the batch of that step first, each
+    with the `keys` of its samples and what was `replaced`. `validate(step)` is called on every rank after each
+    `validate_every` steps. A method whose EMA is to skip bad steps shares `guard`. `flops` are those of one step on
+    this rank, `peak` the device's FLOP/s; both 0 where not known."""
     guard = guard or Guard(world.device)
     start = step = checkpoints.restore()
     meter = Meter(world, settings.steps, settings.max_bad, log, flops, peak)
     dog = Watchdog(checkpoints.run, world, settings.watchdog, log.event if world.rank == 0 else print)
     batches, checkpoints.tick = dog.over(batches), dog.tick
-    with Stop() as stop, _collected(settings.gc_every) as collect, dog, _finished(checkpoints):
+    with Stop() as stop, _collected(settings.gc_every) as collect, dog, _finished(checkpoints, world, log):
         for step in range(start + 1, settings.steps + 1):
             dog.begin(step)
             schedules.apply(optimizer, step - 1)
@@ -204,6 +210,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             means: list[Tensor] = []
             for part, share in _parts(method, batch, step - 1, world, settings):
+                dog.tick()
                 with _autocast(world, settings):
                     terms = method.loss(part, step - 1)
                 losses = torch.stack([term.float() for term in terms.values()]) * share
@@ -215,7 +222,7 @@ def train(
             guard.judge(values)
             guard.step(optimizer)
             method.after_step(step - 1)
-            meter.add(step - 1, batch.keys, (*terms, *(f"grad/{name}" for name in norms)), values, guard.keep)
+            meter.add(step - 1, batch, (*terms, *(f"grad/{name}" for name in norms)), values, guard.keep)
             collect(step)
             last = step == settings.steps
             dog.at("validation")

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,7 @@ class Meter:
     rows: list[tuple[int, Sequence[str], Tensor]] = field(default_factory=list)
     streak: list[str] = field(default_factory=list)
     skipped: int = 0
+    replaced: int = 0  # samples of this rank that could not be read, since the start
     waited: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
@@ -57,11 +58,12 @@ class Meter:
         self.waited += time.perf_counter() - start
         return batch
 
-    def add(self, step: int, keys: Sequence[str], names: tuple[str, ...], values: Tensor, keep: Tensor) -> None:
+    def add(self, step: int, batch: Any, names: tuple[str, ...], values: Tensor, keep: Tensor) -> None:
         """Keep the numbers of one step, `values` named by `names`, where they are."""
         assert not self.rows or names == self.names, f"terms changed between two lines: {names}"
         self.names = names
-        self.rows.append((step, keys, torch.cat([values, keep[None]])))
+        self.rows.append((step, batch.keys, torch.cat([values, keep[None]])))
+        self.replaced += len(batch.replaced)
 
     def report(self, rates: Mapping[str, float], terms: int, extra: Mapping[str, float]) -> None:
         """Read the device (the one synchronisation), write the line; LoopError after too many bad steps in a row.
@@ -72,9 +74,10 @@ class Meter:
         matrix = torch.stack([row for _, _, row in self.rows]).double().cpu()  # [steps, names + keep]
         kept = matrix[:, -1] > 0
         mean = matrix[kept].mean(0) if kept.any() else torch.full_like(matrix[0], float("nan"))
+        replaced = torch.tensor([float(self.replaced)], dtype=torch.float64)
         if self.world.size > 1:
-            dist.all_reduce(mean)
-            mean /= self.world.size
+            dist.all_reduce(sums := torch.cat([mean, replaced]))
+            mean, replaced = sums[:-1] / self.world.size, sums[-1:]
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         by_name = dict(zip(self.names, mean.tolist(), strict=False))
         losses = dict(list(by_name.items())[:terms])
@@ -87,6 +90,8 @@ class Meter:
         }
         if self.skipped or not kept.all():
             values["skipped"] = float(self.skipped + int((~kept).sum()))
+        if replaced.item():
+            values["replaced"] = replaced.item()
         cuda = self.world.device.type == "cuda"
         self.log.step(
             step,
@@ -126,6 +131,6 @@ class Meter:
             if len(self.streak) >= self.max_bad:
                 raise LoopError(
                     f"{len(self.streak)} steps in a row were not finite and changed nothing; first: {self.streak[0]}."
-                    " Look at these samples, lower the learning rate or use precision=fp32, and run the command again:"
-                    " the newest checkpoint holds finite weights"
+                    " Look at these samples; the newest checkpoint holds finite weights, from which the same command"
+                    " continues, or with another learning rate or precision=fp32 a run in another folder"
                 )

@@ -153,6 +153,12 @@ def fit(
     with torch.device("meta"):
         wanted = build(settings).state_dict()
     have = dict(released.backbone)
+    if (windows := released.window.channels) > 1 and settings.in_channels != released.settings.in_channels:
+        raise ReleasedError(
+            f"{released.path} ({released.form}) sees {windows} HU windows as channels ({released.window.said()}); "
+            f"no other number of channels computes the same, and {settings.in_channels} is asked for: give "
+            f"model.in_channels={released.settings.in_channels}"
+        )
     notes = [*released.notes, *doubts(released.settings, settings, released.assumed), *_stem(have, settings)]
     if fresh is not None:
         notes.append(f"registers: {settings.registers} drawn anew, {released.settings.registers} of the file dropped")

@@ -44,6 +44,7 @@ class Batch:
     mask_weights: Tensor  # float32 [M], 1 / (masked patches of that crop)
     keys: tuple[str, ...]  # [B], the sample each image really is
     replaced: tuple[str, ...] = ()  # what could not be read and was replaced, one line a slice
+    masked: tuple[int, ...] = ()  # [2B], masked patches of each crop: lets a batch be cut without asking the device
     shared: Mapping[str, Any] | None = None  # of a part of a batch: what each loss term knows of all parts
 
     @property
@@ -52,29 +53,44 @@ class Batch:
         return len(self.keys)
 
     def parts(self, count: int) -> list[Batch]:
-        """The batch cut into ``count`` parts of equally many images; AssertionError where that cannot be."""
+        """The batch cut into ``count`` parts of equally many images; AssertionError where that cannot be.
+
+        Waits for the device where the batch does not know what is `masked`.
+        """
         assert self.images % count == 0, (self.images, count)
         if count == 1:
             return [self]
-        return [self._part(slice(i, i + self.images // count)) for i in range(0, self.images, self.images // count)]
+        masked = self.masked or tuple(self.masks.sum(1).tolist())
+        each = self.images // count
+        return [self._part(first, first + each, masked) for first in range(0, self.images, each)]
 
-    def _part(self, images: slice) -> Batch:
+    def _part(self, first: int, end: int, masked: tuple[int, ...]) -> Batch:
+        """Images first .. end - 1: two runs of global crops, and so two runs of masked patches."""
+
         def rows(tensor: Tensor) -> Tensor:
-            return torch.unflatten(tensor, 0, (-1, self.images))[:, images].flatten(0, 1)
+            return torch.unflatten(tensor, 0, (-1, self.images))[:, first:end].flatten(0, 1)
 
-        weights = self.mask_weights.new_zeros(self.masks.shape)
-        weights.view(-1)[self.mask_indices] = self.mask_weights
-        masks = rows(self.masks)
-        indices = masks.flatten().nonzero()[:, 0]
+        patches = self.masks.shape[1]
+        indices, weights = [], []
+        counts: tuple[int, ...] = ()
+        for crop in range(2):
+            row = crop * self.images + first
+            own = masked[row : row + end - first]
+            begin = sum(masked[:row])
+            run = slice(begin, begin + sum(own))
+            indices.append(self.mask_indices[run] - (row - crop * (end - first)) * patches)
+            weights.append(self.mask_weights[run])
+            counts += own
         return replace(
             self,
             global_crops=rows(self.global_crops),
             local_crops=rows(self.local_crops) if len(self.local_crops) else self.local_crops,
             gram_crops=None if self.gram_crops is None else rows(self.gram_crops),
-            masks=masks,
-            mask_indices=indices,
-            mask_weights=rows(weights).flatten()[indices],
-            keys=self.keys[images],
+            masks=rows(self.masks),
+            mask_indices=torch.cat(indices),
+            mask_weights=torch.cat(weights),
+            keys=self.keys[first:end],
+            masked=counts,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

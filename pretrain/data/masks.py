@@ -60,6 +60,7 @@ class Masks:
     masks: Tensor  # bool [2B, N]
     indices: Tensor  # int64 [M]
     weights: Tensor  # float32 [M]
+    counts: tuple[int, ...]  # [2B], masked patches of each crop
 
 
 def target_counts(settings: MaskSettings, grid: tuple[int, int], images: int) -> list[int]:
@@ -160,4 +161,5 @@ def draw_masks(settings: MaskSettings, grid: tuple[int, int], images: int, *, se
     flat = masks.reshape(2 * images, patches)
     per_crop = flat.sum(1)
     weights = np.repeat(1.0 / np.maximum(per_crop, 1), per_crop).astype(np.float32)
-    return Masks(torch.from_numpy(flat), torch.from_numpy(np.flatnonzero(flat)), torch.from_numpy(weights))
+    indices = torch.from_numpy(np.flatnonzero(flat))
+    return Masks(torch.from_numpy(flat), indices, torch.from_numpy(weights), tuple(per_crop.tolist()))

@@ -93,7 +93,7 @@ class Steps(Dataset[Any]):
         masks = draw_masks(settings.masks, (grid, grid), self.images, seed=settings.seed, step=step, rank=self.rank)
         made = _gather(crops) if crops else Crops(torch.empty(0), torch.empty(0), None)
         replaced = tuple(fault.text for fault in faults)
-        batch = Batch(*made.tensors(), masks.masks, masks.indices, masks.weights, tuple(keys), replaced)
+        batch = Batch(*made.tensors(), masks.masks, masks.indices, masks.weights, tuple(keys), replaced, masks.counts)
         if not self.on_device:
             return Loaded(batch, shape, tuple(faults))
         return Loaded(batch, shape, tuple(faults), _pad(slices), CropDraws.stack(draws))

@@ -2,11 +2,12 @@
 
 Every rank takes part in the forward passes, as sharded networks need; rank 0 alone computes, says and writes. Nothing
 is drawn and nothing in the networks changes, so a watched run is the unwatched one bit for bit. Forward passes are in
-float32 and not compiled, whatever the training's are: few shapes more would mean further compilations.
+the training's precision and never compiled: few shapes more would mean further compilations.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -107,8 +108,8 @@ def looking(*networks: nn.Module) -> Iterator[None]:
     """
     modules = [module for network in networks for module in network.modules()]
     training = [module.training for module in modules]
-    compiled = any(module._compiled_call_impl is not None for module in modules)
-    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    # Without the compiler's own package, which takes seconds to import, nothing is compiled.
+    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
         with torch.no_grad(), stance:
             for network in networks:

@@ -15,8 +15,9 @@ import pytest
 
 from launch import cli
 from launch.call import resolve
-from launch.cli import VERBS, Verb, main
+from launch.cli import FREE, VERBS, Verb, main
 from launch.run import Outcome
+from launch.settings import describe
 
 HERE = Path(__file__).parent
 
@@ -181,6 +182,11 @@ def test_help_lists_verbs_and_settings(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert "folder  path, default .\n" in out
     assert "how many folders deep" in out
+
+
+def test_what_may_change_is_a_setting_of_some_run() -> None:
+    keys = {row.key for verb in VERBS.values() if verb.run for row in describe(resolve(verb.settings))}
+    assert [one for one in FREE if not any(key == one or key.startswith(f"{one}.") for key in keys)] == []
 
 
 def test_every_verb_names_a_main_of_its_arguments_and_settings_with_a_folder() -> None:

@@ -211,6 +211,22 @@ def test_a_warned_job_is_queued_again_and_a_cancelled_one_is_not(
     assert task.checkpoint().function == task
 
 
+def test_the_rank_of_a_job_that_fails_first_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"}
+    for variable, value in job.items():
+        monkeypatch.setenv(variable, value)
+    asked = call(tmp_path, mode="disk", rank=1)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    with pytest.raises(OSError, match="No space"):
+        Task(asked)()
+    assert outcome(tmp_path)["error"] == "rank 1: No space left on device: shard.tar"
+    monkeypatch.setattr(Call, "execute", lambda _: (_ for _ in ()).throw(RuntimeError("connection closed by peer")))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        Task(asked)()
+    assert outcome(tmp_path)["error"].startswith("rank 1: No space")
+
+
 @pytest.mark.parametrize("name", ["here.yaml", "two_processes.yaml", "slurm_array.yaml", "slurm_example.yaml"])
 def test_packaged_cluster_files_are_valid(name: str) -> None:
     executor = load_cluster(name)

@@ -58,6 +58,26 @@ def test_which_steps_are_due(tmp_path: Path) -> None:
     assert [step for step in range(26) if log.due(step, 25)] == [0, 10, 20, 25]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log(tmp_path)
+    log.step(1, 9, VALUES, slices_per_step=1)
+    assert log._metrics is not None
+    assert log._board is not None
+    honest = log._metrics._file
+    log._board._writer._async_writer._worker.exception = OSError(28, "No space left on device")
+    with Path("/dev/full").open("ab", buffering=0) as log._metrics._file:
+        for step in (2, 3):
+            log.step(step, 9, VALUES, slices_per_step=1)
+    log._metrics._file = honest
+    log.step(4, 9, VALUES, slices_per_step=1)
+    log.close()
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl: No space left on device; its lines are lost until there is room") == 1
+    assert said.count("TensorBoard's file cannot be written: No space left on device") == 1
+    assert [row["step"] for row in rows(tmp_path)] == [1, 4]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = Log(tmp_path, active=False)
     log.step(1, 2, VALUES, slices_per_step=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launch.beats import Beat, write_beat
 from launch.log import Log
 from launch.run import Outcome, RunError, close_run, note_start, open_run
 from launch.settings import Settings as Base
@@ -79,6 +80,23 @@ def test_the_log_is_what_status_reads(tmp_path: Path) -> None:
     log.close()
     assert "step 10/20" in told(status_of(tmp_path))
     assert "loss" not in told(status_of(tmp_path))
+
+
+def test_numbers_of_a_step_do_not_hide_its_loss(tmp_path: Path) -> None:
+    started(tmp_path)
+    log = Log(tmp_path, tensorboard=False)
+    log.step(10, 20, {"loss": 3.0}, slices_per_step=4)
+    log.numbers(12, 20, {"watch/rank": 7.0})
+    log.close()
+    assert "step 12/20  loss 3.000" in told(status_of(tmp_path))
+
+
+def test_signs_of_life_of_an_earlier_start_are_none_of_this_one(tmp_path: Path) -> None:
+    now = datetime.now().timestamp()
+    for number, (rank, at) in enumerate([(0, now - 1000), (1, now - 500)]):
+        write_beat(tmp_path, Beat(rank, 2, "n1", 7, 5, number, "data", 9, 0.0, at))
+    started(tmp_path, at=(datetime.now().astimezone() - timedelta(seconds=600)).isoformat())
+    assert [beat.rank for beat in status_of(tmp_path).beats] == [1]
 
 
 def test_all_runs_beneath_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,12 @@ def test_sinkhorn_over_parts_is_sinkhorn_of_all(sizes: list[int], spread: float,
     torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-6)
 
 
-def test_parts_hold_every_crop_and_mask_once() -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_parts_hold_every_crop_and_mask_once(known: bool) -> None:
     whole = batch(1)
+    if known:
+        whole = replace(whole, masked=tuple(whole.masks.sum(1).tolist()))
+        assert len(whole.to("meta").parts(4)) == 4, "a device was asked for a number"
     parts = whole.parts(4)
     assert [key for part in parts for key in part.keys] == list(whole.keys)
     for name in ("global_crops", "local_crops", "gram_crops", "masks"):
@@ -196,4 +201,5 @@ def test_parts_hold_every_crop_and_mask_once() -> None:
         assert torch.equal(part.mask_indices, part.masks.flatten().nonzero()[:, 0])
         crops = part.mask_indices // part.masks.shape[1]
         torch.testing.assert_close(part.mask_weights, 1 / part.masks.sum(1).float()[crops])
+        assert part.masked == tuple(part.masks.sum(1).tolist())
     assert sum(len(part.mask_indices) for part in parts) == len(whole.mask_indices)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.distributed import World, world
-from pretrain.checkpoint import Checkpoints, CheckpointSettings
+from pretrain.checkpoint import Checkpoints, CheckpointSettings, checkpoint_bytes
 from pretrain.checkpoint_files import CheckpointError, Progress, complete, newest, read_tensors
 from pretrain.parallel import ParallelSettings, fill, place, shard
 from tests.gloo import run_ranks
@@ -232,3 +232,16 @@ def test_a_run_goes_on_with_one_rank_then_two_then_one(tmp_path: Path, sharding:
         alone.step(step)
     assert torch.allclose(torch.tensor(again.weights()), torch.tensor(alone.weights()), atol=1e-6)
     assert again.counter == 5
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_copy_is_as_large_as_it_is_said_to_be(tmp_path: Path, background: bool) -> None:
+    two = Two()
+    two.step(0)
+    settings = CheckpointSettings(every=1, background=background)
+    checkpoints = Checkpoints(tmp_path, two, two.optimizer, HERE, settings)
+    checkpoints.maybe_save(1)
+    checkpoints.wait()
+    taken = sum(tensor.nbytes for tensor in checkpoints._copy._buffers.values())
+    steps = 4 * len(list(two.student.parameters()))  # AdamW counts for each parameter
+    assert taken == (checkpoint_bytes(two) + steps if background else 0)

@@ -35,6 +35,7 @@ DATA = {"corpus": "corpus", "batch_size": 2}
 class Numbers:
     x: Tensor
     keys: tuple[str, ...]
+    replaced: tuple[str, ...] = ()
 
 
 class Line:
@@ -73,7 +74,8 @@ def numbers(start: int, spoilt: frozenset[int] = frozenset(), rank: int = 0) -> 
         x = torch.randn(4, 2, generator=torch.Generator().manual_seed(100 * step + rank))
         if step in spoilt and rank == 0:
             x[2, 1] = float("nan")
-        yield Numbers(x, tuple(f"slice{step}.{rank}.{i}" for i in range(4)))
+        keys = tuple(f"slice{step}.{rank}.{i}" for i in range(4))
+        yield Numbers(x, keys, ("shard 0, sample 7: torn",) * (step == 3 and rank == 1))
         step += 1
 
 
@@ -270,3 +272,4 @@ def test_ranks_skip_and_stop_together(tmp_path: Path) -> None:
     assert text.count("skipped: step 1, rank 0") == 1
     assert "slice1.0.0" in text
     assert metrics(tmp_path)[-1]["skipped"] == 2
+    assert [row.get("replaced") for row in metrics(tmp_path)] == [None, 1, 1]

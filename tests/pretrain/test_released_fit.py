@@ -88,6 +88,16 @@ def test_a_table_of_positions_goes_round(tmp_path: Path) -> None:
         assert maps[0].shape == (1, 128, 2, 3)
 
 
+def test_channels_that_are_windows_are_not_summed(tmp_path: Path) -> None:
+    model = lively(OLD)
+    window = HuWindow(low=(-1350.0, -160.0, -500.0), high=(150.0, 240.0, 1300.0))
+    header = {"axial": "0", "model": OLD.model_dump(mode="json"), "window": window.model_dump(mode="json")}
+    write_weights(tmp_path / "x.safetensors", model.state_dict(), {"format": "pt", "axial": json.dumps(header)})
+    assert load_backbone(tmp_path / "x.safetensors", in_channels=3)[1].channels == 3
+    with pytest.raises(ReleasedError, match=r"3 HU windows as channels .* give model\.in_channels=3"):
+        load_backbone(tmp_path / "x.safetensors", in_channels=1)
+
+
 def test_a_table_of_positions_trains_unless_it_is_fixed() -> None:
     with torch.device("meta"):
         empty = build(OLD)

@@ -157,6 +157,9 @@ def test_status_tells_of_a_run_that_stands_still(tmp_path: Path) -> None:
 
     open_run(tmp_path, Settings(), ["axial", "pretrain"])
     note_start(tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["starts"][-1]["at"] = "2020-01-01T00:00:00+00:00"
+    (tmp_path / "run.json").write_text(json.dumps(record))
     row = {"step": 11, "total": 50, "loss": 3.0, "skipped": 2.0, "at": "2026-11-21T12:00:00+00:00"}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     saved = tmp_path / "checkpoints" / "step_00000010"
