@@ -155,7 +155,7 @@ def _pad(slices: list[NDArray[np.int16]]) -> Tensor:
         padded = torch.zeros(shape, dtype=torch.int16)
     else:  # in the memory in which it goes to the trainer, so that it is copied once
         shared = torch.UntypedStorage._new_shared(2 * math.prod(shape))  # type: ignore[no-untyped-call]
-        padded = torch.empty(0, dtype=torch.int16).set_(shared, 0, shape)
+        padded = torch.empty(0, dtype=torch.int16).set_(shared, 0, shape, (shape[1] * shape[2], shape[2], 1))
     for out, hu in zip(padded.numpy(), slices, strict=True):
         out[: hu.shape[0], : hu.shape[1]] = hu
     return padded
