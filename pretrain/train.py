@@ -139,7 +139,7 @@ def _read(settings: Settings) -> str:
     order_of(settings.data, corpora)
     slices = sum(map(len, corpora))
     rounds = settings.steps * settings.data.batch_size / slices
-    return f"the corpus: {settings.data.place} has {slices:,} slices, each seen {rounds:.3g} times on average"
+    return f"the corpus: {settings.data.place} has {slices:,} slices, each seen {rounds:,.2f} times on average"
 
 
 def _check_parts(settings: Settings, ranks: int) -> None:

@@ -191,7 +191,7 @@ def test_a_source_that_is_missing_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("slices")
 def test_a_dry_run_reads_the_corpus_and_refuses_what_no_number_of_ranks_can_do(tmp_path: Path) -> None:
-    assert "the corpus: made-up has 24 slices, each seen 1 times on average" in train.dry_run(settings(tmp_path))
+    assert "the corpus: made-up has 24 slices, each seen 1.00 times on average" in train.dry_run(settings(tmp_path))
     with pytest.raises(LoopError, match="accumulate: 3 parts cannot be made of the 4 slices"):
         train.dry_run(settings(tmp_path, "accumulate=3"))
     with pytest.raises(ValueError, match=r"data\.masks\.group: 3 does not divide"):
