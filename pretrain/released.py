@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 
@@ -63,7 +64,8 @@ def read(path: Path, step: int | None = None, which: str = "teacher") -> Release
     if step is not None:
         raise ReleasedError(f"{path} is one set of weights: a step can only be chosen in a run folder")
     weights = read_weights(path)
-    if header := json.loads(weights.metadata.get("axial", "{}")):
+    if "axial" in weights.metadata:
+        header = _header(path, weights.metadata["axial"])
         return _ours(path, f"axial {header.get('axial')} export", header, weights.tensors)
     if weights.metadata.get("format", "").startswith("axial"):
         raise ReleasedError(
@@ -93,10 +95,28 @@ def _read_checkpoint(path: Path, step: int | None, which: str) -> Released:
     return _ours(folder, f"checkpoint of step {about.step}", {**about.about, "step": about.step}, tensors)
 
 
+def _header(path: Path, text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise ReleasedError(f"{path} has a header that is no JSON object; export it again")
+    return header
+
+
 def _ours(path: Path, form: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Released:
     if missing := sorted({"model", "window"} - header.keys()):
         raise ReleasedError(f"{path} ({form}) does not state its {' and '.join(missing)}: it is no backbone to hand on")
-    settings, window = VitSettings.model_validate(header["model"]), HuWindow.model_validate(header["window"])
+    try:
+        settings, window = VitSettings.model_validate(header["model"]), HuWindow.model_validate(header["window"])
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(key) for key in first["loc"]) or error.title
+        raise ReleasedError(
+            f"{path} ({form}) states a model or window that this version does not know: {place}: {first['msg']}; "
+            "read it with the version that wrote it, or train anew"
+        ) from error
     backbone, heads = _parts(tensors)
     return Released(path, form, settings, window, backbone, heads, header)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -137,8 +138,10 @@ def _unpickled(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it names {named[1]}" if named else "its pickle has more than torch.save writes for tensors"
         raise ReleasedError(
-            f"{path} holds more than tensors, and loading it would run code ({str(error).splitlines()[0]}); if you "
+            f"{path} holds more than tensors, and loading it would run code ({what}); if you "
             "trust it, save its tensors alone: "
             "torch.save({'teacher': torch.load(path, weights_only=False)['teacher']}, new_path)"
         ) from error

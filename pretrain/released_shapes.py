@@ -17,7 +17,7 @@ from pretrain.models.vit import SIZES, VitSettings
 from pretrain.released_files import ReleasedError, Weights
 from pretrain.released_keys import Named
 
-__all__ = ["settings_of", "trainable"]
+__all__ = ["differences", "doubts", "settings_of", "trainable"]
 
 _DIMENSIONS = {"cls_token": 3, "patch_embed.proj.weight": 4, "blocks.0.attn.qkv.weight": 2, "norm.weight": 1}
 
@@ -102,7 +102,8 @@ def _base(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> float:
         return float(config.get("rope_theta", 100.0))
     periods = state["rope_embed.periods"].double()
     base = float(periods[-1]) ** (len(periods) / (len(periods) - 1)) if len(periods) > 1 else 100.0
-    return 100.0 if abs(base - 100) < 2 else base  # periods stored in bfloat16 give 99 or 101
+    # Periods stored in bfloat16 give 99 or 101, those in float32 the base with an error in its eighth digit.
+    return 100.0 if abs(base - 100) < 2 else float(f"{base:g}")
 
 
 def _positions(weights: Weights, named: Named) -> dict[str, Any] | None:

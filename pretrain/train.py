@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from fvcore.nn import parameter_count, parameter_count_table
 
-from data_curation.corpus import Corpus
+from data_curation.corpus import Corpus, CorpusError
 from data_curation.index import fingerprint, read_index
 from launch.distributed import World, world
 from launch.log import Log
 from launch.run import Outcome, Stopped
 from pretrain.checkpoint import Checkpoints, checkpoint_bytes
-from pretrain.data.corpora import Corpora, overlaps
+from pretrain.data.corpora import Corpora, order_of, overlaps
 from pretrain.data.stream import batches, check
 from pretrain.flops import flops_per_step, layer_table, peak_flops
 from pretrain.loop import Ended, Guard, train
@@ -43,7 +43,7 @@ def main(settings: Settings) -> Outcome:
         check(settings.data, here.size, settings.model.patch_size, settings.model.in_channels)
         for line in overlaps(settings.data) if here.rank == 0 else ():
             say(f"warning: {line}")
-        _check_parts(settings, here)
+        _check_parts(settings, here.size)
         seen = prepare(settings.watch, settings.data, settings.model.patch_size, Corpora(corpora), here, say)
         torch.set_float32_matmul_precision("high" if settings.precision == "bf16" else "highest")
         guard = Guard(here.device)
@@ -118,22 +118,37 @@ def _outcome(settings: Settings, ended: Ended) -> Outcome:
 def dry_run(settings: Settings) -> str:
     """Say what a run would be, without making it: parameters, FLOPs by layer, the learning rate as it is applied.
 
-    Raises SourceError where weights that it would read are not there.
+    Raises SourceError where weights that it would read are not there, StreamError or LoopError for settings that no
+    number of ranks can make work. A corpus that cannot be read is warned of, as it may be elsewhere or still to come.
     """
     settings.check_sources()
+    check(settings.data, 1, settings.model.patch_size, settings.model.in_channels)
+    _check_parts(settings, ranks=1)
     if (probe := settings.watch.probe) is not None:
         find_pairs(probe.images, probe.labels, probe.pairs)
     said = summary(settings, build_method(settings, Guard(torch.device("cpu"))), flops_per_step(settings))
-    return f"{said}\n{layer_table(settings)}"
+    return f"{said}\n{_read(settings)}\n{layer_table(settings)}"
 
 
-def _check_parts(settings: Settings, here: World) -> None:
+def _read(settings: Settings) -> str:
+    """What the run would read, in words. Raises StreamError for weights of data sets that are not there."""
+    try:
+        corpora = [Corpus(source.path, settings.data.split, mapped=False) for source in settings.data.sources]
+    except CorpusError as error:
+        return f"warning: {error}"
+    order_of(settings.data, corpora)
+    slices = sum(map(len, corpora))
+    rounds = settings.steps * settings.data.batch_size / slices
+    return f"the corpus: {settings.data.place} has {slices:,} slices, each seen {rounds:,.2f} times on average"
+
+
+def _check_parts(settings: Settings, ranks: int) -> None:
     """Refuse parts that are not equal."""
-    images = settings.data.batch_size // here.size
+    images = settings.data.batch_size // ranks
     if images % settings.accumulate:
         raise LoopError(
             f"accumulate: {settings.accumulate} parts cannot be made of the {images} slices of a rank "
-            f"(data.batch_size {settings.data.batch_size} over {here.size} ranks); take a divisor of {images}"
+            f"(data.batch_size {settings.data.batch_size} over {ranks} ranks); take a divisor of {images}"
         )
 
 

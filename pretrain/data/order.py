@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.batch import Draw, generator
 
-__all__ = ["Order", "Run", "Source", "deal", "sample_order", "whole_counts"]
+__all__ = ["TABLE", "Order", "Run", "Source", "deal", "sample_order", "whole_counts"]
 
 ROUNDS = 8  # of the permutation's Feistel network
 TABLE = 2**16  # samples after which the pattern of sources repeats, at most

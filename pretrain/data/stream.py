@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from data_curation.corpus import Corpus
 from pretrain.data.corpora import Corpora, Slices, order_of
 from pretrain.data.loader import Batches, WorldLike
-from pretrain.data.settings import CorpusSettings, DataSettings, StreamError, check
+from pretrain.data.settings import DataSettings, StreamError, check
 from pretrain.data.steps import Steps
 
-__all__ = ["Batches", "CorpusSettings", "DataSettings", "Slices", "StreamError", "WorldLike", "batches", "check"]
+__all__ = ["Batches", "DataSettings", "Slices", "StreamError", "WorldLike", "batches", "check"]
 
 LOG = logging.getLogger(__name__)
 

@@ -71,6 +71,7 @@ def test_a_dry_run_prints_the_work_of_each_layer(tmp_path: Path) -> None:
         row = next(line for line in said.splitlines() if f" {layer} " in line)
         assert row.split("|")[3].strip(), f"no work for {layer}"
     assert "blocks.1.attn" not in said, "blocks that are alike are shown once"
+    assert "warning: made-up holds no corpus" in said
 
 
 def test_a_processor_has_no_known_peak() -> None:

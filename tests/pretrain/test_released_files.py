@@ -43,7 +43,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "swin": (lambda s: {"layers.0.blocks.0.attn.relative_position_bias_table": torch.ones(1)}, "Swin or BEiT"),
     "clip": (lambda s: {"visual.class_embedding": torch.ones(1)}, "CLIP"),
     "nnunet": (lambda s: {"network_weights": {}, "trainer_name": "x"}, "nnU-Net"),
-    "code": (lambda s: {"model": Payload()}, "would run code"),
+    "code": (lambda s: {"model": Payload()}, r"would run code \(it names \S*print\)"),
     "whole module": (lambda s: nn.Linear(2, 2), "would run code"),
     "nan": (lambda s: s | {"norm.bias": torch.full((128,), torch.nan)}, "not finite in norm.bias"),
     "integers": (lambda s: s | {"norm.bias": torch.ones(128, dtype=torch.int8)}, "norm.bias as torch.int8"),
@@ -85,3 +85,17 @@ def test_a_wrong_folder_is_refused_by_name(tmp_path: Path) -> None:
     wrong("a segmentation model of `axial finetune`")
     with pytest.raises(ReleasedError, match="a step can only be chosen in a run folder"):
         read(tmp_path, 3)
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ("{not json", "no JSON object"),
+        ("[1]", "no JSON object"),
+        ('{"axial": "9", "model": {"later": 1}, "window": {}}', r"axial 9 export.*does not know: later: .*the version"),
+    ],
+)
+def test_an_export_of_another_version_is_refused_by_name(tmp_path: Path, header: str, says: str) -> None:
+    save_file(build(OLD).state_dict(), tmp_path / "export.safetensors", {"axial": header})
+    with pytest.raises(ReleasedError, match=says):
+        load_backbone(tmp_path / "export.safetensors")

@@ -300,3 +300,12 @@ def test_the_full_key_tables_of_the_published_files_fit() -> None:
     assert published(Weights(Path("moco.pth"), moco, "state_dict")).settings.shape == (384, 12, 12)  # its own 12 heads
     with pytest.raises(ReleasedError, match="does not state its heads, and a width of 200 is not usual"):
         published(Weights(Path("odd.pth"), around(200, 16, pos_embed=(1, 17, 200)) | blocks(1, 200)))
+
+
+@pytest.mark.parametrize("base", [50.0, 100.0, 1000.0, 10000.0])
+def test_another_base_of_the_positions_is_read_back_as_it_was_set(tmp_path: Path, base: float) -> None:
+    settings = NEW.model_copy(update={"rope": NEW.rope.model_copy(update={"base": base})})
+    torch.save(lively(settings).state_dict(), tmp_path / "published.pth")
+    found = read(tmp_path / "published.pth")
+    assert found.settings.rope.base == base
+    fit(found, settings, say=lambda _: None)

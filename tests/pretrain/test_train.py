@@ -189,6 +189,15 @@ def test_a_source_that_is_missing_is_named(tmp_path: Path) -> None:
         run(tmp_path, f"init_from={tmp_path / 'nowhere'}")
 
 
+@pytest.mark.usefixtures("slices")
+def test_a_dry_run_reads_the_corpus_and_refuses_what_no_number_of_ranks_can_do(tmp_path: Path) -> None:
+    assert "the corpus: made-up has 24 slices, each seen 1.00 times on average" in train.dry_run(settings(tmp_path))
+    with pytest.raises(LoopError, match="accumulate: 3 parts cannot be made of the 4 slices"):
+        train.dry_run(settings(tmp_path, "accumulate=3"))
+    with pytest.raises(ValueError, match=r"data\.masks\.group: 3 does not divide"):
+        train.dry_run(settings(tmp_path, "data.masks.group=3"))
+
+
 def test_flops_are_those_of_the_blocks(tmp_path: Path) -> None:
     """By hand, for dino alone on two global crops: teacher once, student forward and backward, heads likewise."""
     one = settings(
