@@ -47,7 +47,7 @@ def in_bf16(part: nn.Module, residual: Residual = "bf16", *, cast_parameters: bo
 
 
 def _inputs_in_bf16(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What a head is given at its bottleneck is what it made itself, and stays: a teacher's logits are exact products."""
+    """A head gets back at its bottleneck what it made itself, unrounded: a teacher's logits are exact products."""
     return None if kwargs.get("only_last") else tree_map(_half, (args, kwargs))
 
 

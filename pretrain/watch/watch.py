@@ -2,7 +2,7 @@
 
 Every rank takes part in the forward passes, as sharded networks need; rank 0 alone computes, says and writes. Nothing
 is drawn and nothing in the networks changes, so a watched run is the unwatched one bit for bit. Forward passes are in
-float32 and not compiled, whatever the training's are: few shapes more would mean further compilations.
+the run's precision but not compiled, whatever the training's are: few shapes more would mean further compilations.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pretrain.data.window import HuWindow
 from pretrain.losses.gram import gram_loss
 from pretrain.methods import Trainable
 from pretrain.models.vit import Features
+from pretrain.parallel import is_compiled
 from pretrain.watch import pictures
 from pretrain.watch.labelled import Labelled, label_patches
 from pretrain.watch.measures import patch_cosine, rankme, spread
@@ -107,8 +108,7 @@ def looking(*networks: nn.Module) -> Iterator[None]:
     """
     modules = [module for network in networks for module in network.modules()]
     training = [module.training for module in modules]
-    compiled = any(module._compiled_call_impl is not None for module in modules)
-    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    stance = torch.compiler.set_stance("force_eager") if any(map(is_compiled, modules)) else nullcontext()
     try:
         with torch.no_grad(), stance:
             for network in networks:

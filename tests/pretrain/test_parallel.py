@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launch.distributed import World, world
 from launch.log import Log
 from launch.settings import load
+from pretrain import parallel
 from pretrain.checkpoint import Checkpoints
 from pretrain.data.batch import Batch
 from pretrain.data.masks import MaskSettings, draw_masks
@@ -265,6 +266,32 @@ def test_recomputation_holds_less_and_changes_no_gradient(bf16: bool, monkeypatc
     assert found["matmuls"][0] < 0.8 * found["none"][0]
     # Biased layers dispatch addmm: four a block, none of which `matmuls` computes again.
     assert [found[what][1] for what in ("none", "matmuls", "blocks")] == [0, 0, 16]
+
+
+def test_matmuls_keeps_what_operators_outside_of_torch_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As xformers' attention on a GPU, which is no operator of torch and not there before it is first used."""
+    assert {"xformers_flash::flash_fwd", "xformers_flash3::flash_fwd"} <= parallel._KEPT
+    calls: list[int] = []
+
+    class Attend(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return attend(x).sin()  # type: ignore[no-any-return]
+
+    part = nn.Module()
+    part.blocks = nn.ModuleList([Attend()])
+    recompute_blocks(part, "matmuls")
+
+    @torch.library.custom_op("axial_test::attend", mutates_args=())
+    def attend(x: Tensor) -> Tensor:
+        calls.append(1)
+        return 2 * x
+
+    attend.register_autograd(lambda ctx, grad: 2 * grad)
+    for kept, expected in ((frozenset({"axial_test::attend"}), 1), (frozenset(), 2)):
+        monkeypatch.setattr(parallel, "_KEPT", kept)
+        calls.clear()
+        part.blocks[0](torch.ones(3, requires_grad=True)).sum().backward()
+        assert len(calls) == expected
 
 
 def test_uncompiled_blocks_hold_still_less_when_all_is_recomputed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from pretrain.methods.self_distillation import GramTeacher, build
 from pretrain.methods.self_distillation import Settings as MethodSettings
 from pretrain.models.vit import VitSettings
 from pretrain.models.vit import build as build_vit
-from pretrain.parallel import ParallelSettings, fill, initialised, make_mesh, place, shard
+from pretrain.parallel import ParallelSettings, compile_blocks, fill, initialised, make_mesh, place, shard
 from pretrain.settings import Settings
 from pretrain.watch.pairs import ProbeError
 from pretrain.watch.reference import reference
@@ -182,7 +183,7 @@ class Scaled(nn.Module):
         return x * self.factor
 
 
-def test_networks_are_left_as_they_were_found_and_not_compiled_again() -> None:
+def test_networks_are_left_as_they_were_found_and_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def compiler(graph: Any, given: Any) -> Any:
@@ -191,7 +192,8 @@ def test_networks_are_left_as_they_were_found_and_not_compiled_again() -> None:
 
     torch._dynamo.reset()
     block = Scaled()
-    block.compile(backend=compiler)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    compile_blocks(block)
     network = nn.ModuleDict({"block": block, "rest": nn.Dropout()})
     network["rest"].eval()
     with looking(network):
