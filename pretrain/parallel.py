@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from launch.distributed import World
 from launch.settings import Settings
@@ -34,6 +34,7 @@ __all__ = [
     "compile_blocks",
     "fill",
     "initialised",
+    "is_compiled",
     "make_mesh",
     "place",
     "recompute_blocks",
@@ -45,12 +46,13 @@ __all__ = [
 Recompute = Literal["none", "blocks", "matmuls"]
 
 # Saved by `matmuls`: what costs most to compute again. A linear layer with bias dispatches addmm, one without mm. Names
-# and not operators, because some are missing from some builds of torch.
-_KEPT = (
-    "mm", "addmm", "_scaled_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu", "_flash_attention_forward",
-    "_efficient_attention_forward",
-)  # fmt: skip
+# and not operators, because some are missing from some builds of torch, and xformers' until it is first used.
+_KEPT = frozenset({
+    "aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward", "xformers_flash::flash_fwd", "xformers_flash3::flash_fwd",
+})  # fmt: skip
 
 
 class ParallelError(ValueError):
@@ -107,23 +109,33 @@ def _recomputed(block: nn.Module, *given: Any) -> Any:
 
 
 def _recomputed_but_matmuls(block: nn.Module, *given: Any) -> Any:
-    contexts = functools.partial(create_selective_checkpoint_contexts, _kept())
+    contexts = functools.partial(create_selective_checkpoint_contexts, _kept)
     return checkpoint(type(block).forward, block, *given, use_reentrant=False, context_fn=contexts)
 
 
-@functools.cache
-def _kept() -> list[Any]:
-    return [getattr(torch.ops.aten, name).default for name in _KEPT if hasattr(torch.ops.aten, name)]
+def _kept(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator.name() in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_blocks(part: nn.Module) -> None:
     """Compile each block in place, or a head as a whole: the blocks share their graphs, the model around them is eager.
 
     A graph is made for the first crop sizes met and one for all others, whatever their number. To be called after
-    `recompute_blocks`: the compiler chooses within what that leaves to it.
+    `recompute_blocks`. A block of which all is recomputed is compiled within the recomputation: on a GPU the attention
+    of several crop sizes leaves the graph, and a compiler that meets that within a recomputation gives up the block.
     """
     for module in _blocks(part) or [part]:
-        module.forward = torch.compile(module.forward)
+        if getattr(module.forward, "__func__", None) is _recomputed:
+            compiled = torch.compile(MethodType(type(module).forward, module))
+            module.forward = functools.partial(checkpoint, compiled, use_reentrant=False)
+        else:
+            module.forward = torch.compile(module.forward)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether this very module is one that `compile_blocks` (or `Module.compile`) has compiled."""
+    (run, *_) = getattr(module.forward, "args", None) or (module.forward,)  # within a recomputation or by itself
+    return module._compiled_call_impl is not None or hasattr(run, "_torchdynamo_orig_callable")
 
 
 def make_mesh(world: World, settings: ParallelSettings) -> DeviceMesh | None:

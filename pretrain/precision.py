@@ -26,9 +26,9 @@ def in_bf16(part: nn.Module, residual: Residual = "bf16", *, cast_parameters: bo
     """Make a backbone or head compute in bfloat16, in place; names, parameters and state stay as they are.
 
     ``residual`` is the precision of the stream of tokens between the blocks of a backbone, and of the features made of
-    it. ``cast_parameters`` is off
-    for a network that will be sharded with `pretrain.parallel.shard(precision="bf16")`, which gathers them in bfloat16.
-    To be called before `torch.compile` and before sharding.
+    it. ``cast_parameters`` is off for a network that will be sharded with
+    `pretrain.parallel.shard(precision="bf16")`, which gathers them in bfloat16. To be called before `torch.compile` and
+    before sharding.
     """
     part.register_forward_pre_hook(_inputs_in_bf16, with_kwargs=True)
     if cast_parameters:
@@ -47,7 +47,8 @@ def in_bf16(part: nn.Module, residual: Residual = "bf16", *, cast_parameters: bo
 
 
 def _inputs_in_bf16(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    return tree_map(_half, (args, kwargs))
+    """A head gets back at its bottleneck what it made itself, unrounded: a teacher's logits are exact products."""
+    return None if kwargs.get("only_last") else tree_map(_half, (args, kwargs))
 
 
 def _half(value: Any) -> Any:

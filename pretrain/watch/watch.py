@@ -7,7 +7,6 @@ the training's precision and never compiled: few shapes more would mean further 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -27,6 +26,7 @@ from pretrain.data.window import HuWindow
 from pretrain.losses.gram import gram_loss
 from pretrain.methods import Trainable
 from pretrain.models.vit import Features
+from pretrain.parallel import is_compiled
 from pretrain.watch import pictures
 from pretrain.watch.labelled import Labelled, label_patches
 from pretrain.watch.measures import patch_cosine, rankme, spread
@@ -108,8 +108,7 @@ def looking(*networks: nn.Module) -> Iterator[None]:
     """
     modules = [module for network in networks for module in network.modules()]
     training = [module.training for module in modules]
-    # Without the compiler's own package, which takes seconds to import, nothing is compiled.
-    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    stance = torch.compiler.set_stance("force_eager") if any(map(is_compiled, modules)) else nullcontext()
     try:
         with torch.no_grad(), stance:
             for network in networks:

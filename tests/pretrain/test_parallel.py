@@ -19,14 +19,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launch.distributed import World, world
 from launch.log import Log
 from launch.settings import load
+from pretrain import parallel
 from pretrain.checkpoint import Checkpoints
 from pretrain.data.batch import Batch
 from pretrain.data.masks import MaskSettings, draw_masks
 from pretrain.loop import Guard, train
 from pretrain.methods import Trainable
+from pretrain.models import layers
 from pretrain.models.vit import VitSettings, build
 from pretrain.optim import build_optimizer
-from pretrain.parallel import ParallelError, ParallelSettings, compile_blocks, fill, make_mesh, recompute_blocks
+from pretrain.parallel import (
+    ParallelError,
+    ParallelSettings,
+    compile_blocks,
+    fill,
+    is_compiled,
+    make_mesh,
+    recompute_blocks,
+)
 from pretrain.precision import in_bf16
 from pretrain.settings import Settings
 from pretrain.train import build_method, place_method
@@ -248,6 +258,16 @@ def passed(model: nn.Module, sides: tuple[int, int] = (64, 32)) -> tuple[int, in
     return held, again, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+def learnt(model: nn.Module, sides: tuple[int, int] = (64, 32)) -> list[Tensor]:
+    """The gradients alone: under a mode that sees every operator, as `passed` has, nothing is compiled."""
+    draw = torch.Generator().manual_seed(1)
+    crops = [torch.randn(n, 1, side, side, generator=draw) for n, side in zip((2, 4), sides, strict=True)]
+    torch.manual_seed(2)
+    model.zero_grad()
+    sum(f.cls.float().square().sum() + f.patches.float().square().sum() for f in model(crops)).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recomputation_holds_less_and_changes_no_gradient(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # As the compiler sees the blocks: uncompiled ones make norms and GELUs again by themselves.
@@ -265,6 +285,32 @@ def test_recomputation_holds_less_and_changes_no_gradient(bf16: bool, monkeypatc
     assert found["matmuls"][0] < 0.8 * found["none"][0]
     # Biased layers dispatch addmm: four a block, none of which `matmuls` computes again.
     assert [found[what][1] for what in ("none", "matmuls", "blocks")] == [0, 0, 16]
+
+
+def test_matmuls_keeps_what_operators_outside_of_torch_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As xformers' attention on a GPU, which is no operator of torch and not there before it is first used."""
+    assert {"xformers_flash::flash_fwd", "xformers_flash3::flash_fwd"} <= parallel._KEPT
+    calls: list[int] = []
+
+    class Attend(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return attend(x).sin()  # type: ignore[no-any-return]
+
+    part = nn.Module()
+    part.blocks = nn.ModuleList([Attend()])
+    recompute_blocks(part, "matmuls")
+
+    @torch.library.custom_op("axial_test::attend", mutates_args=())
+    def attend(x: Tensor) -> Tensor:
+        calls.append(1)
+        return 2 * x
+
+    attend.register_autograd(lambda ctx, grad: 2 * grad)
+    for kept, expected in ((frozenset({"axial_test::attend"}), 1), (frozenset(), 2)):
+        monkeypatch.setattr(parallel, "_KEPT", kept)
+        calls.clear()
+        part.blocks[0](torch.ones(3, requires_grad=True)).sum().backward()
+        assert len(calls) == expected
 
 
 def test_uncompiled_blocks_hold_still_less_when_all_is_recomputed() -> None:
@@ -318,12 +364,30 @@ def test_all_blocks_and_all_crop_sizes_share_few_graphs(monkeypatch: pytest.Monk
             recompute_blocks(model, what if model is student else "none")
             compile_blocks(model)
     for sides in SIDES:
-        expected, got = passed(plain, sides)[2], passed(student, sides)[2]
+        expected, got = learnt(plain, sides), learnt(student, sides)
         for a, b in zip(expected, got, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4 if not bf16 else 2e-2)
+            torch.testing.assert_close(
+                a, b, atol=1e-2 * a.abs().max().item() if bf16 else 1e-5, rtol=0.1 if bf16 else 1e-4
+            )
         with torch.no_grad():
             teacher(torch.randn(2, 1, sides[0], sides[0]))
     assert graphs[0] <= 6, "a graph for the first sizes and one for all others, with and without gradients"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at every tensor it meets
+def test_blocks_are_compiled_within_a_recomputation_where_attention_leaves_the_graph(monkeypatch: Any) -> None:
+    """As on a GPU, where several crop sizes go through a kernel that the compiler does not look into."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(layers, "packed_attention", torch.compiler.disable(layers.packed_attention))
+    graphs = counting(monkeypatch)
+    found, plain = backbone(drop_path=0.3), backbone(drop_path=0.3)
+    recompute_blocks(found, "blocks")
+    compile_blocks(found)
+    assert is_compiled(found.blocks[0])
+    assert not is_compiled(plain.blocks[0])
+    for a, b in zip(learnt(plain), learnt(found), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert graphs[0] >= 2, "before attention and after it"
 
 
 @pytest.mark.slow
@@ -335,5 +399,5 @@ def test_compiled_code_computes_the_same() -> None:
     recompute_blocks(compiled, "matmuls")
     compile_blocks(compiled)
     for sides in SIDES[:3]:
-        for a, b in zip(passed(plain, sides)[2], passed(compiled, sides)[2], strict=True):
+        for a, b in zip(learnt(plain, sides), learnt(compiled, sides), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
