@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,12 @@ from pretrain.data.batch import Batch
 from pretrain.data.masks import MaskSettings, draw_masks
 from pretrain.loop import Guard, train
 from pretrain.methods import Trainable
-from pretrain.models import layers
 from pretrain.models.vit import VitSettings, build
 from pretrain.optim import build_optimizer
 from pretrain.parallel import (
     ParallelError,
     ParallelSettings,
-    compile_blocks,
     fill,
-    is_compiled,
     make_mesh,
     recompute_blocks,
 )
@@ -258,16 +253,6 @@ def passed(model: nn.Module, sides: tuple[int, int] = (64, 32)) -> tuple[int, in
     return held, again, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def learnt(model: nn.Module, sides: tuple[int, int] = (64, 32)) -> list[Tensor]:
-    """The gradients alone: under a mode that sees every operator, as `passed` has, nothing is compiled."""
-    draw = torch.Generator().manual_seed(1)
-    crops = [torch.randn(n, 1, side, side, generator=draw) for n, side in zip((2, 4), sides, strict=True)]
-    torch.manual_seed(2)
-    model.zero_grad()
-    sum(f.cls.float().square().sum() + f.patches.float().square().sum() for f in model(crops)).backward()
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recomputation_holds_less_and_changes_no_gradient(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # As the compiler sees the blocks: uncompiled ones make norms and GELUs again by themselves.
@@ -331,73 +316,3 @@ def test_yes_and_no_still_say_what_to_recompute() -> None:
     ]
     with pytest.raises(pydantic.ValidationError):
         ParallelSettings.model_validate({"recompute": "some"})
-
-
-SIDES = [(64, 32), (96, 32), (96, 48), (96, 64), (128, 64), (64, 32)]
-
-
-def counting(monkeypatch: Any) -> list[int]:
-    """Compilation as far as torch's own graphs, without a C++ compiler; the number of graphs so far."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    graphs = [0]
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs[0] += 1
-        return aot_eager(graph, inputs)
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    return graphs
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at every tensor it meets
-@pytest.mark.parametrize("what", ["none", "blocks", "matmuls"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_all_blocks_and_all_crop_sizes_share_few_graphs(monkeypatch: pytest.MonkeyPatch, what: Any, bf16: bool) -> None:
-    torch._dynamo.reset()
-    graphs = counting(monkeypatch)
-    plain, student, teacher = backbone(drop_path=0.3), backbone(drop_path=0.3), backbone().requires_grad_(False).eval()
-    for model in (plain, student, teacher):
-        if bf16:
-            in_bf16(model)
-        if model is not plain:
-            recompute_blocks(model, what if model is student else "none")
-            compile_blocks(model)
-    for sides in SIDES:
-        expected, got = learnt(plain, sides), learnt(student, sides)
-        for a, b in zip(expected, got, strict=True):
-            torch.testing.assert_close(
-                a, b, atol=1e-2 * a.abs().max().item() if bf16 else 1e-5, rtol=0.1 if bf16 else 1e-4
-            )
-        with torch.no_grad():
-            teacher(torch.randn(2, 1, sides[0], sides[0]))
-    assert graphs[0] <= 6, "a graph for the first sizes and one for all others, with and without gradients"
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at every tensor it meets
-def test_blocks_are_compiled_within_a_recomputation_where_attention_leaves_the_graph(monkeypatch: Any) -> None:
-    """As on a GPU, where several crop sizes go through a kernel that the compiler does not look into."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(layers, "packed_attention", torch.compiler.disable(layers.packed_attention))
-    graphs = counting(monkeypatch)
-    found, plain = backbone(drop_path=0.3), backbone(drop_path=0.3)
-    recompute_blocks(found, "blocks")
-    compile_blocks(found)
-    assert is_compiled(found.blocks[0])
-    assert not is_compiled(plain.blocks[0])
-    for a, b in zip(learnt(plain), learnt(found), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    assert graphs[0] >= 2, "before attention and after it"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler's code for a CPU needs g++")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore::DeprecationWarning")
-def test_compiled_code_computes_the_same() -> None:
-    torch._dynamo.reset()
-    plain, compiled = backbone(2), backbone(2)
-    recompute_blocks(compiled, "matmuls")
-    compile_blocks(compiled)
-    for sides in SIDES[:3]:
-        for a, b in zip(learnt(plain, sides), learnt(compiled, sides), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
