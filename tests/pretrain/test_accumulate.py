@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from launch.distributed import World, world
-from launch.log import Log
-from pretrain.checkpoint import Checkpoints, CheckpointSettings
 from pretrain.data.batch import Batch
 from pretrain.data.masks import MaskSettings, draw_masks
-from pretrain.loop import Guard, LoopSettings, train
+from pretrain.loop import Guard
 from pretrain.losses._sinkhorn import shifted, sinkhorn, sinkhorn_shift
 from pretrain.losses.koleo import koleo_loss
 from pretrain.methods.self_distillation import SelfDistillation, Settings, build
 from pretrain.models.vit import VitSettings
-from pretrain.optim import OptimSettings, build_optimizer
-from pretrain.parallel import ParallelSettings, fill, make_mesh, place, shard
-from pretrain.schedule import Schedule
+from pretrain.parallel import fill, place
 from tests.gloo import run_ranks
+from tests.pretrain.test_parallel import trained
 
 HERE = World(0, 1, 0, torch.device("cpu"))
 VIT = VitSettings(size="custom", width=32, depth=2, heads=2, in_channels=1, layerscale=0.5)
@@ -45,17 +41,14 @@ def batch(step: int, rank: int = 0, size: int = 1) -> Batch:
     return Batch(mine["g"], mine["l"], mine["t"], masks.masks, masks.indices, masks.weights, keys)
 
 
-def make(here: World = HERE, sharding: Any = "replicate", guard: Guard | None = None, **more: Any) -> SelfDistillation:
+def make(**more: Any) -> SelfDistillation:
     vit = VIT.model_copy(update=more.pop("vit", {}))
     terms = {**TERMS, **more.pop("terms", {})}
     with torch.device("meta"):
-        method = build(Settings(terms=terms, **more), model=vit, steps=10, guard=guard or Guard(here.device))
-    parallel = ParallelSettings(sharding=sharding)
-    mesh = make_mesh(here, parallel)
-    for name, network in method.networks.items():
-        shard(network, here, parallel, frozen=name != "student", mesh=mesh)
+        method = build(Settings(terms=terms, **more), model=vit, steps=10, guard=Guard(HERE.device))
+    for network in method.networks.values():
         for part in network.values():
-            place(part, here.device)
+            place(part, HERE.device)
     method.placed()
     for name, parts in method.initial(3, None, lambda text: None).items():
         for part, state in parts.items():
@@ -63,43 +56,13 @@ def make(here: World = HERE, sharding: Any = "replicate", guard: Guard | None = 
     return method
 
 
-def several_steps(
-    rank: int,
-    size: int,
-    folder: Path,
-    parts: int,
-    statistics: str,
-    sharding: str = "replicate",
-    group: int | None = None,
-) -> dict[str, Tensor]:
-    """Four optimizer steps on the same global batches, each rank's share in `parts`; the weights of both networks."""
-
-    def stream(here: World) -> Iterator[Batch]:
-        for step in range(100):
-            yield batch(step, here.rank, here.size)
-
-    def steps(here: World) -> dict[str, Tensor]:
-        folder.mkdir(exist_ok=True)
-        guard = Guard(here.device)
-        terms = {"koleo": {"group": group}}
-        method = make(here, sharding, guard, statistics=statistics, momentum=0.8, terms=terms)
-        optim = OptimSettings(lr=Schedule(peak=2e-3), lr_rule="none")
-        optimizer = build_optimizer(method.student, optim)
-        checkpoints = Checkpoints(folder, method, optimizer, here, CheckpointSettings())
-        log = Log(folder, 1, False, here.rank == 0)
-        loop = LoopSettings(steps=4, log_every=1, accumulate=parts)
-        train(method, stream(here), optimizer, optim.schedules(4, B), checkpoints, log, here, loop, guard=guard)
-        log.close()
-        return {
-            f"{top}.{name}": getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)().clone()
-            for top, state in method.state().items()
-            for name, tensor in state.items()
-        }
-
+def four_steps(rank: int, size: int, folder: Path, words: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Four optimizer steps on the same global batches; the weights of both networks."""
+    folder.mkdir(exist_ok=True)
     if size == 1:
-        return steps(HERE)
+        return trained(folder, 4, *words)
     with world("cpu") as here:
-        return steps(here)
+        return trained(folder, 4, *words, here=here)
 
 
 def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -134,20 +97,18 @@ def test_gradients_in_parts_are_those_of_the_uncut_batch_to_the_last_digits(part
 
 @pytest.mark.parametrize("parts", [2, 8])
 def test_in_parts_with_the_statistics_of_the_batch_is_the_uncut_batch(tmp_path: Path, parts: int) -> None:
-    whole = several_steps(0, 1, tmp_path / "whole", 1, "part")
-    cut = several_steps(0, 1, tmp_path / "cut", parts, "batch")
+    whole = four_steps(0, 1, tmp_path / "whole")
+    cut = four_steps(0, 1, tmp_path / "cut", (f"accumulate={parts}", "method.statistics=batch"))
     assert worst(whole, cut) < 1e-4  # KoLeo of tokens that are nearly one divides rounding by their distance
-    alone = several_steps(0, 1, tmp_path / "alone", parts, "part")
+    alone = four_steps(0, 1, tmp_path / "alone", (f"accumulate={parts}",))
     assert worst(whole, alone) > 1e-3  # without them it is another step: this test can fail
 
 
 @pytest.mark.parametrize("sharding", ["replicate", "full"])
 def test_two_ranks_in_parts_are_one_rank_uncut(tmp_path: Path, sharding: str) -> None:
-    one = several_steps(0, 1, tmp_path / "one", 1, "part", group=8)
-    pair = run_ranks(
-        f"{__file__}:several_steps", 2, tmp_path, folder=tmp_path / "two", parts=2, statistics="batch",
-        sharding=sharding, group=8,
-    )  # fmt: skip
+    one = four_steps(0, 1, tmp_path / "one")
+    words = ("accumulate=2", "method.statistics=batch", f"parallel.sharding={sharding}")
+    pair = run_ranks(f"{__file__}:four_steps", 2, tmp_path, folder=tmp_path / "two", words=words)
     for both in pair:
         assert worst(one, both) < 1e-4
 

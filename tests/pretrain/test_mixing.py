@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from data_curation import curate, phantom
@@ -22,15 +21,9 @@ from launch.settings import SettingsError, load
 from pretrain.data.corpora import Corpora, order_of, overlaps
 from pretrain.data.order import sample_order
 from pretrain.data.stream import DataSettings, StreamError, batches
+from tests.pretrain.made_up import World
 
 CROPS = {"global_size": 32, "local_size": 16, "n_local": 1}
-
-
-@dataclass(frozen=True)
-class World:
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from pretrain.data.batch import Batch
 from pretrain.data.crops import CropDraws, CropSettings, crop_batch, crop_slice, draw_crops
 from pretrain.data.stream import DataSettings, StreamError, batches
 from pretrain.data.window import Distortions, HuWindow, RandomWindow
+from tests.pretrain.made_up import World
 
 LUNG = {"low": -1350.0, "high": 150.0, "mean": -600.0, "std": 400.0}
 SOFT = {"low": -160.0, "high": 240.0, "mean": 40.0, "std": 100.0}
@@ -26,13 +27,6 @@ BONE = {"low": -500.0, "high": 1300.0, "mean": 400.0, "std": 450.0}
 THREE = HuWindow.model_validate([LUNG, SOFT, BONE])
 ALL_ON = Distortions(blur=(0.5, 0.9, 0.5), noise=0.5, contrast=0.5, brightness=0.5)
 SMALL = {"global_size": 32, "local_size": 16, "n_local": 2}
-
-
-@dataclass(frozen=True)
-class World:
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -9,64 +9,13 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
-from data_curation.corpus import CorpusError
 from pretrain.data.batch import Batch
-from pretrain.data.crops import CropSettings
-from pretrain.data.stream import Batches, DataSettings, StreamError, batches
-
-CROPS = CropSettings(global_size=32, local_size=16, n_local=2)
-
-
-@dataclass(frozen=True)
-class World:
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class Phantoms:
-    length: int
-    bad: frozenset[int] = frozenset()
-    deadly: int = -1  # the slice that ends a worker which reads it
-
-    def __len__(self) -> int:
-        return self.length
-
-    def hu(self, i: int, /) -> NDArray[np.int16]:
-        if i in self.bad:
-            raise CorpusError(f"shard-{i // 10:06d}.tar, sample slice-{i}: checksum differs")
-        if i == self.deadly and multiprocessing.parent_process() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return np.random.default_rng(i).integers(-1000, 1000, (20 + i % 7, 30 - i % 5), dtype=np.int16)
-
-    def key(self, i: int, /) -> str:
-        return f"slice-{i}"
-
-
-def settings(**changes: object) -> DataSettings:
-    values: dict[str, object] = {"corpus": Path("corpus"), "batch_size": 4, "workers": 0, "crops": CROPS, "seed": 3}
-    return DataSettings.model_validate(values | changes)
-
-
-def stream(corpus: Phantoms, data: DataSettings) -> Batches:
-    return batches(data, world=World(), patch_size=16, in_channels=1, start=0, corpus=corpus)
-
-
-def take(corpus: Phantoms, data: DataSettings, n: int) -> list[Batch]:
-    made = stream(corpus, data)
-    try:
-        return [next(made) for _ in range(n)]
-    finally:
-        made.close()
+from pretrain.data.stream import StreamError
+from tests.pretrain.made_up import Phantoms, settings, stream, take
 
 
 def same(first: Batch, second: Batch) -> bool:
