@@ -1,46 +1,73 @@
-"""The teacher's targets of DINO and iBOT: of a batch at once, or of one that is taken in parts."""
+"""What DINO and iBOT share: the teacher's tokens as targets, spread evenly over the prototypes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.losses import Given
+from pretrain.losses import Given, Views
 from pretrain.losses._sinkhorn import shifted, sinkhorn, sinkhorn_shift
 from pretrain.schedule import Schedule
 
-__all__ = ["sinkhorn_over", "sinkhorn_targets"]
+__all__ = ["Balanced"]
 
 
-class _Balanced(Protocol):
+class _Settings(Protocol):
+    @property
+    def weight(self) -> Schedule: ...
     @property
     def teacher_temperature(self) -> Schedule: ...
     @property
     def sinkhorn_iterations(self) -> int: ...
 
 
-@torch.no_grad()
-def sinkhorn_targets(settings: _Balanced, given: Given, tokens: Callable[[Given], Tensor]) -> Tensor:
-    """Targets [n, K] for the teacher's ``tokens(given)``, balanced over all ranks or, of a part, as shared says."""
-    head, temperature = given.teacher_head, settings.teacher_temperature(given.step)
-    assert head is not None
-    if given.shared is None:
-        return sinkhorn(head(tokens(given)), temperature, settings.sinkhorn_iterations)
-    bottleneck, shift = given.shared
-    return shifted(head(bottleneck, only_last=True), temperature, shift)
+@dataclass(frozen=True)
+class Balanced:
+    """A term whose targets are the teacher's, balanced over a batch: all ranks and, by ``shared``, all its parts."""
 
+    settings: _Settings
+    head: nn.Module | None
+    needs_gram: bool = False
+    sees: Literal["student", "teacher"] = "teacher"
 
-@torch.no_grad()
-def sinkhorn_over(
-    settings: _Balanced, step: int, parts: Sequence[Tensor], head: nn.Module | None
-) -> list[tuple[Tensor, Tensor]]:
-    """For each part its features and what shifts their logits. Logits are made anew when needed, one part at a time."""
-    assert head is not None
-    temperature = settings.teacher_temperature(step)
-    shift = sinkhorn_shift(
-        lambda: (head(part, only_last=True) for part in parts), temperature, settings.sinkhorn_iterations
-    )
-    return [(part, shift) for part in parts]
+    @property
+    def weight(self) -> Schedule:
+        """The weight by step."""
+        return self.settings.weight
+
+    def tokens(self, views: Views, given: Given) -> Tensor:
+        """The tokens [n, D] of a network that the term is about."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def targets(self, given: Given) -> Tensor:
+        """Targets [n, K] whose rows sum to 1, float32."""
+        head, temperature = given.teacher_head, self.settings.teacher_temperature(given.step)
+        assert head is not None
+        if given.shared is not None:
+            bottleneck, shift = given.shared
+            return shifted(head(bottleneck, only_last=True), temperature, shift)
+        assert given.teacher is not None
+        return sinkhorn(head(self.tokens(given.teacher, given)), temperature, self.settings.sinkhorn_iterations)
+
+    def collect(self, given: Given) -> Tensor:
+        """The teacher's tokens at the bottleneck of its head, [n, bottleneck]."""
+        assert given.teacher is not None
+        assert given.teacher_head is not None
+        return given.teacher_head(self.tokens(given.teacher, given), no_last=True)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def combine(self, step: int, parts: Sequence[Tensor], teacher_head: nn.Module | None) -> Sequence[Any]:
+        """For each part its features and what shifts their logits, which are made anew when needed, part by part."""
+        assert teacher_head is not None
+        temperature = self.settings.teacher_temperature(step)
+        shift = sinkhorn_shift(
+            lambda: (teacher_head(part, only_last=True) for part in parts),
+            temperature,
+            self.settings.sinkhorn_iterations,
+        )
+        return [(part, shift) for part in parts]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 import launch.settings
-from pretrain.losses import Given
+from pretrain.losses import Given, Views
 from pretrain.losses._cross_entropy import soft_cross_entropy
-from pretrain.losses._targets import sinkhorn_over, sinkhorn_targets
+from pretrain.losses._targets import Balanced
 from pretrain.models.heads import HeadSettings
 from pretrain.schedule import Positive, Schedule, resolved
 
@@ -55,24 +54,20 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float, *, ignore_di
 
 
 @dataclass(frozen=True)
-class Dino:
+class Dino(Balanced):
     """The term; local crops and the exchange between global crops count by their numbers of pairs."""
 
     settings: Settings
-    head: nn.Module | None
-    needs_gram: bool = False
-    sees: Literal["student", "teacher"] = "teacher"
 
-    @property
-    def weight(self) -> Schedule:
-        """The weight by step."""
-        return self.settings.weight
+    def tokens(self, views: Views, given: Given) -> Tensor:
+        """The class tokens of the global crops."""
+        return views.globals_.cls
 
     def loss(self, given: Given) -> Tensor:
         """The targets of this step come from the teacher's global crops, all ranks together."""
         assert given.student_head is not None
         s, images, student = self.settings, given.batch.images, given.student
-        targets = sinkhorn_targets(s, given, _seen)
+        targets = self.targets(given)
         targets = targets.view(-1, images, targets.shape[-1])
         views = len(targets)
         crops = [student.globals_.cls] if student.locals_ is None else [student.globals_.cls, student.locals_.cls]
@@ -86,20 +81,6 @@ class Dino:
         pairs, local_pairs = views * (views - s.ignore_diagonal), views * len(local_logits[0])
         local = dino_loss(local_logits[0], targets, s.student_temperature)
         return (pairs * loss + local_pairs * s.local_weight(given.step) * local) / (pairs + local_pairs)
-
-    def collect(self, given: Given) -> Tensor:
-        """The teacher's class tokens at the bottleneck of its head, [2B, bottleneck]."""
-        assert given.teacher_head is not None
-        return given.teacher_head(_seen(given), no_last=True)  # type: ignore[no-any-return]
-
-    def combine(self, step: int, parts: Sequence[Tensor], teacher_head: nn.Module | None) -> Sequence[Any]:
-        """Targets that are balanced over all parts."""
-        return sinkhorn_over(self.settings, step, parts, teacher_head)
-
-
-def _seen(given: Given) -> Tensor:
-    assert given.teacher is not None
-    return given.teacher.globals_.cls
 
 
 def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Dino:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 import launch.settings
 from pretrain.losses import Given, Views
 from pretrain.losses._cross_entropy import soft_cross_entropy
-from pretrain.losses._targets import sinkhorn_over, sinkhorn_targets
+from pretrain.losses._targets import Balanced
 from pretrain.models.heads import HeadSettings
 from pretrain.schedule import Positive, Schedule, resolved
 
 if TYPE_CHECKING:
-    from pretrain.data.batch import Batch
+    pass
 
 __all__ = ["Ibot", "Settings", "build", "ibot_loss"]
 
@@ -45,44 +44,22 @@ def ibot_loss(student: Tensor, teacher: Tensor, weights: Tensor, crops: int, tem
 
 
 @dataclass(frozen=True)
-class Ibot:
+class Ibot(Balanced):
     """The term; only masked positions pass through the heads."""
 
     settings: Settings
-    head: nn.Module | None
-    needs_gram: bool = False
-    sees: Literal["student", "teacher"] = "teacher"
 
-    @property
-    def weight(self) -> Schedule:
-        """The weight by step."""
-        return self.settings.weight
+    def tokens(self, views: Views, given: Given) -> Tensor:
+        """The patches of the global crops that are hidden from the student."""
+        return views.globals_.patches.flatten(0, 1).index_select(0, given.batch.mask_indices)
 
     def loss(self, given: Given) -> Tensor:
         """Of the masked patches of the batch; the targets are balanced over all ranks together."""
         assert given.student_head is not None
         s, batch = self.settings, given.batch
-        targets = sinkhorn_targets(s, given, _seen)
-        predicted = given.student_head(_masked(given.student, batch))
+        targets = self.targets(given)
+        predicted = given.student_head(self.tokens(given.student, given))
         return ibot_loss(predicted, targets, batch.mask_weights, len(batch.masks), s.student_temperature)
-
-    def collect(self, given: Given) -> Tensor:
-        """The teacher's features of the masked patches at the bottleneck of its head, [M, bottleneck]."""
-        assert given.teacher_head is not None
-        return given.teacher_head(_seen(given), no_last=True)  # type: ignore[no-any-return]
-
-    def combine(self, step: int, parts: Sequence[Tensor], teacher_head: nn.Module | None) -> Sequence[Any]:
-        """Targets that are balanced over all parts."""
-        return sinkhorn_over(self.settings, step, parts, teacher_head)
-
-
-def _seen(given: Given) -> Tensor:
-    assert given.teacher is not None
-    return _masked(given.teacher, given.batch)
-
-
-def _masked(views: Views, batch: Batch) -> Tensor:
-    return views.globals_.patches.flatten(0, 1).index_select(0, batch.mask_indices)
 
 
 def build(settings: Settings, *, dim: int, patch_size: int, steps: int) -> Ibot:
