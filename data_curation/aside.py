@@ -12,7 +12,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["aside", "sweep", "write_parquet"]
+__all__ = ["aside", "sweep", "sync", "write_parquet"]
 
 _ASIDE = ".part"
 
@@ -33,7 +33,7 @@ def aside(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
         os.replace(part, path)
         if lasting:
-            _sync(path.parent)
+            sync(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         text = f"{error.strerror or error}; make room or allow writing, then run the same command again to go on"
@@ -43,12 +43,13 @@ def aside(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
         raise
 
 
-def _sync(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from data_curation.aside import sync
 from launch.distributed import World
 from launch.settings import Settings
 from pretrain.checkpoint_files import (
@@ -31,7 +32,6 @@ from pretrain.checkpoint_files import (
     newest,
     reading,
     steps_of,
-    sync,
 )
 from pretrain.checkpoint_writer import HostCopy, Trouble, Writing, through_lead
 

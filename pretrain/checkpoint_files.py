@@ -6,7 +6,6 @@ CheckpointError(ValueError)    nothing to restore, other settings, a damaged fol
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -23,6 +22,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from data_curation.aside import sync
+
 __all__ = [
     "CheckpointError",
     "Progress",
@@ -33,7 +34,6 @@ __all__ = [
     "read_tensors",
     "reading",
     "steps_of",
-    "sync",
 ]
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -148,12 +148,3 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
     with reading(f"cannot read {folder}"):
         load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
-
-
-def sync(path: Path) -> None:
-    """Bring a file or a folder's names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -81,6 +81,11 @@ class Schedule(Settings):
         defaults = {name: field.default for name, field in type(self).model_fields.items() if name != "peak"}
         return self.peak if all(values[name] == default for name, default in defaults.items()) else values
 
+    @property
+    def highest(self) -> float:
+        """The peak, or the largest of the values that were listed."""
+        return self.peak if self.values is None else max(self.values)
+
     def over(self, steps: int) -> Schedule:
         """The same schedule with every length in whole steps, for a run of ``steps``."""
         freeze, warmup = whole(self.freeze, steps), whole(self.warmup, steps)

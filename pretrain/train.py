@@ -195,7 +195,7 @@ def summary(settings: Settings, method: Trainable, flops: float) -> str:
     optim, batch = settings.optim, settings.data.batch_size
     schedules = optim.schedules(settings.steps, batch)
     lr, still = schedules.lr, schedules.freeze_backbone
-    factor = f"{optim.lr.peak:.3g} x 4 sqrt({batch} / 1024)" if optim.lr_rule == "sqrt_wrt_1024" else "as given"
+    factor = f"{optim.lr.highest:.3g} x 4 sqrt({batch} / 1024)" if optim.lr_rule == "sqrt_wrt_1024" else "as given"
     frozen = [name for name, network in method.networks.items() if network is not method.student]
     counts = [f"{name} {parameter_count(method.networks[name])[''] / 1e6:.1f} M" for name in frozen]
     return "\n".join(
@@ -204,7 +204,7 @@ def summary(settings: Settings, method: Trainable, flops: float) -> str:
             parameter_count_table(method.student, max_depth=2),
             *([f"frozen: {', '.join(counts)}"] if counts else []),
             f"a step: {batch} slices, {flops / 1e12:.3g} TFLOP ({flops / batch / 1e9:.3g} GFLOP a slice)",
-            f"learning rate at its peak: {lr.peak:.3g} = {factor} (optim.lr_rule: {optim.lr_rule})",
+            f"learning rate at its peak: {lr.highest:.3g} = {factor} (optim.lr_rule: {optim.lr_rule})",
             f"the run: {settings.steps} steps, {settings.steps * batch:,} slices seen",
             *([f"the backbone stands still for the first {still} steps (optim.freeze_backbone)"] if still else []),
             f"a checkpoint: {checkpoint_bytes(method) / 2**30:.2f} GiB on the disk"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
+
+from data_curation.aside import aside
 
 __all__ = ["write_weights"]
 
@@ -28,14 +29,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the numbers to 8 bytes
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".writing_{path.name}")
-    try:
-        with aside.open("wb") as file:
-            file.write(len(text).to_bytes(_LENGTH, "little"))
-            file.write(text)
-            file.write(memoryview(data)[end:])
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path) as file:
+        file.write(len(text).to_bytes(_LENGTH, "little"))
+        file.write(text)
+        file.write(memoryview(data)[end:])

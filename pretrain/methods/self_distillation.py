@@ -51,7 +51,7 @@ class GramTeacher(launch.settings.Settings):
 
     @model_validator(mode="after")
     def _has_one_source(self) -> GramTeacher:
-        given = [name for name, value in self if name != "live" and value not in (None, 0)]
+        given = [name for name, value in self if value != type(self).model_fields[name].default and name != "live"]
         if self.live and given:
             raise ValueError(f"live: true is the EMA teacher itself; {', '.join(given)} cannot be given with it")
         if not self.live and self.path is None and self.copy_at is None:

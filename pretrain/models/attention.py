@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Group", "block_diagonal", "dense_mask", "offsets", "packed_attention"]
+__all__ = ["Group", "block_diagonal", "offsets", "packed_attention"]
 
 
 class Group(NamedTuple):
@@ -66,10 +66,3 @@ def block_diagonal(groups: tuple[Group, ...], device: torch.device) -> Any:
 
 def _lengths(groups: Sequence[Group]) -> list[int]:
     return [group.length for group in groups for _ in range(group.sequences)]
-
-
-def dense_mask(groups: Sequence[Group], device: torch.device | str = "cpu") -> Tensor:
-    """The same rule as a matrix to look at: bool [T, T], true where two tokens are of one sequence."""
-    lengths = torch.tensor(_lengths(groups), device=device)
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-    return sequence[:, None] == sequence[None, :]

@@ -32,8 +32,7 @@ def k_mask(dim: int) -> Tensor:
 class Packing:
     """Where the sequences of a stream are, and the positions of their patches.
 
-    No dataclass and no tuple on purpose: a sharded block casts the tensors it finds in its arguments to its own
-    precision, which would make the angles as coarse as bf16, and it looks into those.
+    No dataclass and no tuple on purpose: what casts inputs to bf16 looks into those, and the angles must stay float32.
     """
 
     def __init__(self, groups: tuple[Group, ...], tables: tuple[Table, ...]) -> None:

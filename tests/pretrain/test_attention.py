@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.models.attention import Group, block_diagonal, dense_mask, offsets, packed_attention
+from pretrain.models.attention import Group, block_diagonal, offsets, packed_attention
 
 GROUPS = (Group(2, 37), Group(5, 12), Group(1, 64))
 
@@ -20,6 +20,13 @@ def _stream(groups: tuple[Group, ...], dtype: torch.dtype = torch.float64) -> li
     generator = torch.Generator().manual_seed(0)
     shape = (offsets(groups)[-1], 4, 16)
     return [torch.randn(shape, dtype=dtype, generator=generator, requires_grad=True) for _ in range(3)]
+
+
+def dense_mask(groups: tuple[Group, ...]) -> torch.Tensor:
+    """The rule as a matrix: bool [T, T], true where two tokens are of one sequence."""
+    lengths = torch.tensor([length for sequences, length in groups for _ in range(sequences)])
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return sequence[:, None] == sequence[None, :]
 
 
 def _one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor:

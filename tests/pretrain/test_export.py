@@ -79,7 +79,7 @@ def test_an_export_is_read_back_as_the_same_model(tmp_path: Path) -> None:
         header = json.loads(file.metadata()["axial"])
         assert set(file.keys()) == set(networks.teacher["backbone"].state_dict())
     assert (header["step"], header["corpus"], header["which"]) == (7, "c0ffee", "teacher")
-    assert not list(folder.glob(".writing_*"))
+    assert not [path for path in folder.glob(".*") if path.is_file()]
 
 
 def test_the_student_and_the_heads_can_be_had(tmp_path: Path) -> None:
