@@ -13,7 +13,7 @@ from typing import Any
 from launch.progress import duration, rate
 from launch.run import now, write_text
 
-__all__ = ["Log", "step_line"]
+__all__ = ["Log", "step_line", "tell"]
 
 
 class Log:
@@ -110,7 +110,7 @@ class Log:
         """Say something that is not a step: a checkpoint, a validation, a bad sample."""
         if self.active:
             assert self._text is not None
-            print(text, flush=True)
+            tell(text)
             self._text.add(f"{now()}  {text}")
 
     def close(self) -> None:
@@ -140,6 +140,16 @@ def step_line(
     if speed.get("seconds_left"):
         parts.append(f"{duration(speed['seconds_left'])} left")
     return "  ".join(parts)
+
+
+def tell(text: str) -> None:
+    """To the console, which may be a file on a full disk. A pipe that nobody reads any more ends the run as ever."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def _number(value: float, digits: int) -> str:
@@ -189,7 +199,7 @@ class _Lines:
         except OSError as error:
             why = str(error.strerror)
         if why and not self._lost:
-            print(f"warning: cannot write {self._path}: {why}; its lines are lost until there is room", flush=True)
+            tell(f"warning: cannot write {self._path}: {why}; its lines are lost until there is room")
         self._lost = bool(why)
 
     def close(self) -> None:
@@ -227,7 +237,7 @@ class _Board:
             self._writer.add_event(self._events.Event(summary=summary, step=step, wall_time=time.time()))
         except OSError as error:  # of an earlier event, after which the writer takes no more
             self._lost = True
-            print(f"warning: TensorBoard's file cannot be written: {error.strerror}; metrics.jsonl goes on", flush=True)
+            tell(f"warning: TensorBoard's file cannot be written: {error.strerror}; metrics.jsonl goes on")
 
     def close(self) -> None:
         with suppress(OSError):

@@ -118,6 +118,8 @@ class Slurm(Settings):
             "slurm_setup": list(self.setup) or None,
             "local_setup": list(self.setup) or None,
             "slurm_additional_parameters": dict(self.extra) or None,
+            # A rank that has died leaves the others in a collective: the job ends at once.
+            "slurm_srun_args": ["--kill-on-bad-exit=1"],
         }
         return {key: value for key, value in given.items() if value is not None}
 

@@ -13,7 +13,7 @@ from fvcore.nn import parameter_count, parameter_count_table
 from data_curation.corpus import Corpus, CorpusError
 from data_curation.index import fingerprint, read_index
 from launch.distributed import World, world
-from launch.log import Log
+from launch.log import Log, tell
 from launch.run import Outcome, Stopped
 from pretrain.checkpoint import Checkpoints, checkpoint_bytes
 from pretrain.data.corpora import Corpora, order_of, overlaps
@@ -39,7 +39,7 @@ def main(settings: Settings) -> Outcome:
     corpora = [Corpus(source.path, settings.data.split, mapped=False) for source in settings.data.sources]
     flops = flops_per_step(settings)
     with world(settings.device) as here:
-        say: Callable[[str], None] = print if here.rank == 0 else _silent
+        say: Callable[[str], None] = tell if here.rank == 0 else _silent
         check(settings.data, here.size, settings.model.patch_size, settings.model.in_channels)
         for line in overlaps(settings.data) if here.rank == 0 else ():
             say(f"warning: {line}")

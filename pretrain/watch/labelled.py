@@ -46,6 +46,7 @@ class Labelled:
     classes: Tensor  # int64 [n] of all drawn patches in this order, indices into `values`
     fit: Tensor  # bool [n]: of a patient who fits; the others score
     values: tuple[int, ...]  # the label of each class
+    left_out: tuple[int, ...] = ()  # labels that do not occur in both halves
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -118,7 +119,14 @@ def _drawn(
         keep[among[balanced(whole[among], settings.patches, rng)]] = True
     chosen = tuple(torch.from_numpy(np.flatnonzero(part)) for part in np.split(keep, _ends(labels)))
     classes = torch.from_numpy(np.searchsorted(values, whole[keep]).astype(np.int64))
-    return Labelled(tuple(images), chosen, classes, torch.from_numpy(fit[keep]), tuple(values))
+    return Labelled(
+        tuple(images),
+        chosen,
+        classes,
+        torch.from_numpy(fit[keep]),
+        tuple(values),
+        left_out=tuple(sorted(sides[0] ^ sides[1])),
+    )
 
 
 def _ends(labels: list[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -1,12 +1,14 @@
 """Looks at a run from time to time: features, targets, pictures, a probe. The loop only calls it.
 
 Every rank takes part in the forward passes, as sharded networks need; rank 0 alone computes, says and writes. Nothing
-is drawn and nothing in the networks changes, so a watched run is the unwatched one bit for bit. Forward passes are in
-the training's precision and never compiled: few shapes more would mean further compilations.
+is drawn and nothing in the networks changes, so a watched run is the unwatched one bit for bit. A disk that is full
+costs pictures, which is said, but not the run. Forward passes are in the training's precision and never compiled: few
+shapes more would mean further compilations.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -93,10 +95,10 @@ def _labelled(probe: RunProbe, window: HuWindow, patch_size: int, here: World) -
 
 def _told(labelled: Labelled) -> str:
     fit, asked = labelled.counts
-    classes = len(labelled.values)
+    classes, rare = len(labelled.values), ", ".join(map(str, labelled.left_out))
     return (
         f"watch: probe of {classes} classes on {fit} patches to fit and {asked} of other patients to score; by chance "
-        f"recall is {1 / classes:.2f}"
+        f"recall is {1 / classes:.2f}" + (f"; left out, as they are not in both halves: labels {rare}" if rare else "")
     )
 
 
@@ -193,10 +195,21 @@ class Watch:
         if self._here.rank:
             return
         if pictures_due:
-            self._draw(step, whole.patches[: self._drawn])
+            with self._surviving(f"pictures of step {step}"):
+                self._draw(step, whole.patches[: self._drawn])
         if values:
             self._log.numbers(step, self._steps, values)
         self._log.event(_line(step, self._steps, values, time.perf_counter() - began))
+
+    @contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """Say what the disk did not take. The other ranks would not know of an error here, and wait."""
+        try:
+            yield
+        except OSError as error:
+            self._log.event(
+                f"warning: watch: {what} cannot be written: {os.strerror(error.errno or 0)}; the run goes on"
+            )
 
     def _see(self, backbone: nn.Module, images: Tensor, masks: Tensor | None = None) -> Features:
         """The features of images [B, 1, H, W], a few at a time, float32 on the CPU."""
@@ -227,7 +240,8 @@ class Watch:
         now = whole.patches[: self._drawn].clone()
         if self._first is None:
             self._first = First(step, seen.keys[: self._drawn], now)
-            write_first(self._folder, self._first)
+            with self._surviving("first.safetensors"):
+                write_first(self._folder, self._first)
         inside = whole.patches[seen.body] if bool(seen.body.any()) else whole.patches.flatten(0, 1)
         drift = {"first": self._first.patches} | ({} if anchor is None else {"gram_teacher": anchor})
         return {

@@ -187,6 +187,7 @@ def test_what_sbatch_is_told() -> None:
         "name": "axial-stage1", "nodes": 2, "gpus_per_node": 8, "tasks_per_node": 8, "cpus_per_task": 1,
         "timeout_min": 90, "slurm_signal_delay_s": 300, "slurm_partition": "gpu",
         "slurm_additional_parameters": {"exclusive": True},
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],
     }  # fmt: skip
 
 

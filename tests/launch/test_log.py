@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,25 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, capsys: pytest.
     assert said.count("metrics.jsonl: No space left on device; its lines are lost until there is room") == 1
     assert said.count("TensorBoard's file cannot be written: No space left on device") == 1
     assert [row["step"] for row in rows(tmp_path)] == [1, 4]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_console_on_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, text: str) -> int:
+            return os.write(full, text.encode())
+
+        def flush(self) -> None: ...
+
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        log = Log(tmp_path, tensorboard=False)
+        monkeypatch.setattr(sys, "stdout", Full())
+        log.event("a checkpoint")
+        log.close()
+    finally:
+        os.close(full)
+    assert "a checkpoint" in (tmp_path / "log.txt").read_text()
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

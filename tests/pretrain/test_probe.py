@@ -168,6 +168,22 @@ def test_a_list_is_as_good_as_two_folders(scans: Path) -> None:
         assert probe(vit(), HuWindow(), find_pairs(listing=scans / name), SMALL) == expected
 
 
+def test_a_label_of_one_half_alone_is_left_out_and_told(scans: Path, tmp_path: Path) -> None:
+    import SimpleITK as sitk
+
+    (first, *others) = find_pairs(scans / "imagesTr", scans / "labelsTr")
+    other = sitk.ReadImage(str(first.label))
+    pixels = sitk.GetArrayFromImage(other)
+    pixels[pixels == 2] = 7
+    changed = sitk.GetImageFromArray(pixels)
+    changed.CopyInformation(other)
+    sitk.WriteImage(changed, str(tmp_path / "changed.nii.gz"))
+    whole = label_patches([first, *others], 8, HuWindow(), SMALL)
+    some = label_patches([Pair(first.image, tmp_path / "changed.nii.gz"), *others], 8, HuWindow(), SMALL)
+    assert (whole.values, whole.left_out) == ((0, 1, 2), ())
+    assert (some.values, some.left_out) == ((0, 1, 2), (7,))
+
+
 def test_image_and_label_may_be_stored_along_other_axes(scans: Path, tmp_path: Path) -> None:
     import SimpleITK as sitk
 

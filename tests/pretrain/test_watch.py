@@ -119,6 +119,15 @@ def test_a_watched_run_is_the_unwatched_one(tmp_path: Path) -> None:
     assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
+def test_a_disk_that_takes_no_picture_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "watch").write_text("a file, so that nothing can be written below it")
+    run(tmp_path, WATCH)
+    said = capsys.readouterr().out
+    for lost in ("first.safetensors", "pictures of step 0", "pictures of step 4"):
+        assert said.count(f"watch: {lost} cannot be written: ") == 1
+    assert "watch/drift/first" in seen(tmp_path)[4]  # from memory
+
+
 def test_a_run_that_goes_on_is_compared_with_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole, WATCH)
