@@ -121,21 +121,15 @@ def compile_blocks(part: nn.Module) -> None:
     """Compile each block in place, or a head as a whole: the blocks share their graphs, the model around them is eager.
 
     A graph is made for the first crop sizes met and one for all others, whatever their number. To be called after
-    `recompute_blocks`. A block of which all is recomputed is compiled within the recomputation: on a GPU the attention
-    of several crop sizes leaves the graph, and a compiler that meets that within a recomputation gives up the block.
+    `recompute_blocks`.
     """
     for module in _blocks(part) or [part]:
-        if getattr(module.forward, "__func__", None) is _recomputed:
-            compiled = torch.compile(MethodType(type(module).forward, module))
-            module.forward = functools.partial(checkpoint, compiled, use_reentrant=False)
-        else:
-            module.forward = torch.compile(module.forward)
+        module.forward = torch.compile(module.forward)
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether this very module is one that `compile_blocks` (or `Module.compile`) has compiled."""
-    (run, *_) = getattr(module.forward, "args", None) or (module.forward,)  # within a recomputation or by itself
-    return module._compiled_call_impl is not None or hasattr(run, "_torchdynamo_orig_callable")
+    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 def make_mesh(world: World, settings: ParallelSettings) -> DeviceMesh | None:

@@ -2,7 +2,8 @@
 
 Crops of several sizes share one stream [T, D], so that every linear layer is one matrix product whatever the crops.
 Only attention must know where a crop ends. On CUDA xformers' block-diagonal kernel does; elsewhere (xformers has no CPU
-kernel) the crops of one size are one batch of torch's attention, which computes the same sums without a mask.
+kernel) the crops of one size are one batch of torch's attention, which computes the same sums without a mask. So are
+they in a compiled block: xformers' call would cut its graph in two, and a graph that is cut cannot be recomputed.
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ def offsets(groups: Sequence[Group]) -> list[int]:
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group]) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each sequence; tensors [T, heads, head dim] of all tokens."""
     assert q.shape[0] == offsets(groups)[-1], (q.shape, groups)
-    if q.is_cuda and len(groups) > 1:
-        return cast(Tensor, _attend_blocks(q, k, v, tuple(groups)))
+    if len(groups) > 1 and _has_kernel(q) and not torch.compiler.is_compiling():
+        return _attend_blocks(q, k, v, tuple(groups))
     sizes = [group.sequences * group.length for group in groups]
     parts = zip(torch.split(q, sizes), torch.split(k, sizes), torch.split(v, sizes), groups, strict=True)
     attended: list[Tensor] = [_attend(*part) for part in parts]
     return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:
@@ -47,7 +52,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, groups: tuple[Group, ...]) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
