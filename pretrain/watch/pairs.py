@@ -36,7 +36,7 @@ class Pair:
 
     @property
     def group(self) -> str:
-        """What must stay together."""
+        """A name by which patients are put into an order, wherever their files lie."""
         return self.patient or _stem(self.image).removesuffix("_0000")
 
 
@@ -178,8 +178,8 @@ def _corners(grid: Grid) -> NDArray[np.float64]:
 
 
 def groups(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
-    """The pairs of each patient, both in the order of their names."""
+    """The pairs of each patient, both in the order of their names; s0001/ct.nii.gz and s0002/ct.nii.gz are two."""
     found: dict[str, list[Pair]] = {}
     for pair in sorted(pairs, key=lambda pair: (pair.group, str(pair.image))):
-        found.setdefault(pair.group, []).append(pair)
+        found.setdefault(pair.patient or str(pair.image), []).append(pair)
     return found

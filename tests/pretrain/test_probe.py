@@ -17,7 +17,7 @@ from data_curation import phantom
 from pretrain.data.window import HuWindow
 from pretrain.models.vit import VisionTransformer, VitSettings, build
 from pretrain.watch.labelled import Drawn, Labelled, balanced
-from pretrain.watch.pairs import read_pair
+from pretrain.watch.pairs import groups, read_pair
 from pretrain.watch.probe import (
     Pair,
     ProbeError,
@@ -166,6 +166,16 @@ def test_a_list_is_as_good_as_two_folders(scans: Path) -> None:
     expected = probe(vit(), HuWindow(), find_pairs(scans / "imagesTr", scans / "labelsTr"), SMALL)
     for name in ("list.json", "list.parquet"):
         assert probe(vit(), HuWindow(), find_pairs(listing=scans / name), SMALL) == expected
+
+
+def test_files_of_one_name_in_several_folders_are_several_patients(tmp_path: Path) -> None:
+    files = [tmp_path / name / "ct.nii.gz" for name in ("s0001", "s0002", "s0003")]
+    labels = [file.with_name("seg.nii.gz") for file in files]
+    alone = list(map(Pair, files, labels))
+    twice = Pair(files[0], files[0].with_name("other.nii.gz"))
+    assert [len(found) for found in groups([*alone, twice]).values()] == [2, 1, 1]
+    named = [Pair(*files, patient) for *files, patient in zip(files, labels, "aba", strict=True)]
+    assert list(groups(named)) == ["a", "b"]
 
 
 def test_a_label_of_one_half_alone_is_left_out_and_told(scans: Path, tmp_path: Path) -> None:
