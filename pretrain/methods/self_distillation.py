@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import launch.settings
 from launch.settings import choice, plugins
@@ -149,7 +150,7 @@ class SelfDistillation:
         if not self._live and any(term.needs_gram for term in self.terms.values()):
             self.gram_teacher = nn.ModuleDict({"backbone": build_vit(model)})
             self.gram_teacher.requires_grad_(False).eval()
-        self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._pairs: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
 
     def _student(self) -> tuple[dict[str, Term], nn.ModuleDict]:
         """The terms, and a backbone with the head of each term that has one."""
@@ -200,7 +201,7 @@ class SelfDistillation:
 
     def placed(self) -> None:
         """Pair the parameters of teacher and student, now that sharding has replaced them. Buffers stay as they are."""
-        self._pairs = (list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()])
+        self._pairs = (list(self.teacher.parameters()), list(self.student.parameters()))
 
     def parts(self, batch: Batch, step: int, count: int, seed: Callable[[int], None]) -> Sequence[Batch]:
         """The batch in `count` parts; with `statistics: batch` each knows what its terms need of the others.
@@ -264,7 +265,8 @@ class SelfDistillation:
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Move the teacher towards the student, unless the step was skipped; renew the Gram teacher when it is due."""
-        teacher, student = self._pairs
+        # Each rank its own shards: torch 2.11 knows no such step of sharded tensors as a whole.
+        teacher, student = ([x.to_local() if isinstance(x, DTensor) else x for x in side] for side in self._pairs)
         weight = (1.0 - self._momentum(step)) * self._guard.keep
         torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
         gram = self._settings.gram_teacher

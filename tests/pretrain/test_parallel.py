@@ -39,7 +39,7 @@ from tests.gloo import run_ranks
 
 HERE = World(0, 1, 0, torch.device("cpu"))
 B = 8
-HEAD = "{prototypes: 24, hidden: 32, bottleneck: 16}"
+HEAD = "{prototypes: 25, hidden: 31, bottleneck: 16}"  # odd, so that no number of ranks shares them out evenly
 SMALL = (
     "folder=unused", "steps=6", "precision=fp32", "device=cpu", "data.corpus=unused", f"data.batch_size={B}",
     "model={size: custom, width: 32, depth: 2, heads: 2, in_channels: 1, layerscale: 0.5}", "method.momentum=0.8",
