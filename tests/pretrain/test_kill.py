@@ -19,6 +19,7 @@ from tests.gloo import RankFailed, run_ranks
 from tests.pretrain.test_train import REPOSITORY, run, stand_in
 
 STEPS = 8
+CALLS = ("mkdir", "write", "fsync", "rename", "unlink", "rmdir")
 MODEL = "model={size: custom, width: 32, depth: 2, heads: 2, in_channels: 1, drop_path: 0, rope: {rescale: null}}"
 # Without draws and groups that hang on the rank, so that other numbers of ranks make the same steps.
 SAME = (MODEL, "data.masks.group=2", "method.terms.koleo.group=4")
@@ -103,9 +104,8 @@ def fatal(point: int, only: str = "", each: int = 50) -> None:
 
         setattr(place, name, call)
 
-    for name in ("mkdir", "fsync", "rename", "rmdir", "unlink"):
-        counted(os, name)
-    counted(checkpoint_writer._Stream, "write")
+    for name in CALLS:
+        counted(checkpoint_writer._Stream if name == "write" else os, name)
 
 
 def drive(folder: Path, first: Path, points: list[str]) -> list[list[str]]:
@@ -120,18 +120,21 @@ def drive(folder: Path, first: Path, points: list[str]) -> list[list[str]]:
     "points",
     [
         ["mkdir:2", "write:3", "fsync:2", "rename:1", "fsync:4", "rename:2", "fsync:6", "rename:3", "unlink:2"],
-        pytest.param(
-            [f"{name}:{n}" for name in ("mkdir", "write", "fsync", "rename", "unlink", "rmdir") for n in range(1, 8)],
-            marks=pytest.mark.slow,
+        *(  # a run deletes two checkpoints
+            pytest.param([f"{name}:{n}" for n in range(1, 3 if name == "rmdir" else 8)], marks=pytest.mark.slow)
+            for name in CALLS
         ),
     ],
-    ids=["some", "all"],
+    ids=["some", *CALLS],
 )
 def test_killed_at_a_change_of_the_disk(tmp_path: Path, first: Path, points: list[str]) -> None:
-    """One kill after the other in one folder: before, amid and after writes and renames, and among the deletions."""
+    """One kill after the other in one folder: before, amid and after writes and renames, and among the deletions.
+
+    Each start gets on a little, so that the last kills may find a run that is done.
+    """
     drive(tmp_path / "whole", first, [])
     told = drive(tmp_path / "killed", first, points)
-    assert len(told) >= 0.75 * len(points), f"the run ended before it was killed: {told}"
+    assert len(told) >= 0.5 * len(points), f"the run ended before it was killed: {told}"
     assert {name for _, name in told} == {point.split(":")[0] for point in points}
     same(tmp_path / "whole", tmp_path / "killed")
 
