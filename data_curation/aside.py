@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 from collections.abc import Iterator
@@ -52,9 +53,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
-    """Removes what a killed process left aside. Only for a folder that nobody else writes to."""
-    for part in folder.glob(f".*{_ASIDE}"):
+def sweep(folder: Path, name: str = "") -> None:
+    """Removes what a killed process left aside, of one file or of all. Only for what nobody else writes."""
+    for part in folder.glob(f".{glob.escape(name)}*{_ASIDE}"):
         part.unlink(missing_ok=True)
 
 

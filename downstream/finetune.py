@@ -27,7 +27,7 @@ from downstream.segmentation import PatchSettings, Segmentation, batches, parame
 from downstream.validation import Best, Table, report, validate
 from launch import settings as base
 from launch.distributed import World, barrier, world
-from launch.log import Log
+from launch.log import Log, tell
 from launch.run import Outcome, Stopped
 from pretrain.checkpoint import Checkpoints, CheckpointSettings
 from pretrain.data.window import HuWindow
@@ -112,7 +112,7 @@ def main(settings: Settings) -> Outcome:
         cases = _prepared(dataset, settings, here)
         train_cases, val_cases = [cases[name] for name in training], [cases[name] for name in validation]
         model, header = _model(settings, dataset, train_cases)
-        say = print if here.rank == 0 else _silent
+        say = tell if here.rank == 0 else _silent
         say(_summary(settings, dataset, model, header, train_cases, len(val_cases)))
         recompute_blocks(model.backbone, settings.parallel.recompute)
         if settings.parallel.compile:
@@ -220,7 +220,7 @@ def _train(
         samples_per_step=settings.patches.batch_size,
         fingerprint=hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
         about=about,
-        say=print if here.rank == 0 else _silent,
+        say=tell if here.rank == 0 else _silent,
     )
     start = checkpoints.restore()
     stream = batches(training, settings.patches, settings.augmentation, header.window, settings.seed, here, start)

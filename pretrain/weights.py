@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from data_curation.aside import aside
+from data_curation.aside import aside, sweep
 
 __all__ = ["write_weights"]
 
@@ -29,6 +29,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the numbers to 8 bytes
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, f"{path.name}.")
     with aside(path) as file:
         file.write(len(text).to_bytes(_LENGTH, "little"))
         file.write(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -14,9 +14,6 @@ from pretrain.losses._cross_entropy import soft_cross_entropy
 from pretrain.losses._targets import Balanced
 from pretrain.models.heads import HeadSettings
 from pretrain.schedule import Positive, Schedule, resolved
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Ibot", "Settings", "build", "ibot_loss"]
 

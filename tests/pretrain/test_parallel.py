@@ -25,13 +25,7 @@ from pretrain.loop import Guard, train
 from pretrain.methods import Trainable
 from pretrain.models.vit import VitSettings, build
 from pretrain.optim import build_optimizer
-from pretrain.parallel import (
-    ParallelError,
-    ParallelSettings,
-    fill,
-    make_mesh,
-    recompute_blocks,
-)
+from pretrain.parallel import ParallelError, ParallelSettings, fill, make_mesh, recompute_blocks
 from pretrain.precision import in_bf16
 from pretrain.settings import Settings
 from pretrain.train import build_method, place_method

@@ -47,6 +47,13 @@ def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
+def test_what_a_killed_process_left_of_this_file_goes(tmp_path: Path) -> None:
+    for name in (".w.safetensors.123.part", ".other.safetensors.123.part"):
+        (tmp_path / name).write_bytes(b"half")
+    write_weights(tmp_path / "w.safetensors", TENSORS, ABOUT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.safetensors.123.part", "w.safetensors"]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.safetensors"
     write_weights(path, TENSORS, ABOUT)
