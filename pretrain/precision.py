@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["in_bf16"]
+__all__ = ["held_in_bf16", "in_bf16"]
 
 Residual = Literal["bf16", "fp32"]
 
@@ -44,6 +44,13 @@ def in_bf16(part: nn.Module, residual: Residual = "bf16", *, cast_parameters: bo
             if isinstance(module, nn.LayerNorm):
                 run = _norm_to_bf16 if module in within else _norm
                 module.forward = MethodType(run, module)  # type: ignore[method-assign]
+
+
+def held_in_bf16(part: nn.Module) -> None:
+    """Make a network that never changes compute in bfloat16 and hold its parameters so; buffers stay as they are."""
+    part.register_forward_pre_hook(_inputs_in_bf16, with_kwargs=True)
+    for parameter in part.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _inputs_in_bf16(_: nn.Module, args: Any, kwargs: Any) -> Any:

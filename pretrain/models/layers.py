@@ -37,12 +37,14 @@ class Packing:
 
     def __init__(self, groups: tuple[Group, ...], tables: tuple[Table, ...]) -> None:
         self.groups = groups
-        self.tables = tables  # one a group
+        self.tables = tables  # one a group, or none with absolute positions
 
-    def subset(self, counts: list[int]) -> Packing:
-        """The packing of ``counts[g]`` sequences of each group."""
-        groups = tuple(Group(count, group.length) for count, group in zip(counts, self.groups, strict=True))
-        return Packing(groups, self.tables)
+    def subset(self, chosen: list[Tensor]) -> Packing:
+        """The packing of the sequences ``chosen[g]`` (int64 [n]) of each group."""
+        groups = tuple(Group(len(those), group.length) for those, group in zip(chosen, self.groups, strict=True))
+        pairs = zip(self.tables, chosen if self.tables else [], strict=True)
+        tables = [(sin, cos) if sin.ndim == 2 else (sin[those], cos[those]) for (sin, cos), those in pairs]
+        return Packing(groups, tuple(tables))
 
 
 class KMaskedLinear(nn.Linear):
@@ -167,12 +169,12 @@ class Block(nn.Module):
 
     def _dropped(self, x: Tensor, packing: Packing, branch: Callable[[Tensor, Packing], Tensor]) -> Tensor:
         """Stochastic depth by computing less: the branch runs on a random part of each group and counts for all."""
-        kept, counts, factors = [], [], []
+        kept, every, factors = [], [], []
         for (count, length), start in zip(packing.groups, offsets(packing.groups), strict=False):
             keep = max(int(count * (1 - self.drop_path)), 1)
             chosen = torch.randperm(count, device=x.device)[:keep]
             kept.append((start + chosen[:, None] * length + torch.arange(length, device=x.device)).flatten())
-            counts.append(keep)
+            every.append(chosen)
             factors.append((keep * length, count / keep))
         tokens = kept[0] if len(kept) == 1 else torch.cat(kept)
-        return add_rows(x, tokens, branch(x.index_select(0, tokens), packing.subset(counts)), factors)
+        return add_rows(x, tokens, branch(x.index_select(0, tokens), packing.subset(every)), factors)

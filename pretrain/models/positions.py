@@ -56,11 +56,16 @@ def init_positions(table: Tensor, settings: PositionSettings, generator: torch.G
 def add_positions(
     table: Tensor, settings: PositionSettings, cls: Tensor, patches: Tensor, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Class token [1, 1, D] and patches [B, N, D] of a ``grid`` of rows x columns, each with its position."""
-    if settings.on_cls:
-        cls = cls + table[:, :1]
+    """Class token [1, 1, D] and patches [B, N, D] of a ``grid`` of rows x columns, each with its position.
+
+    A fixed table is in float32 also where the parameters are read as bfloat16; it takes on their precision.
+    """
     own = table[:, int(settings.on_cls) :]
-    return cls, patches + (own if grid == (settings.grid, settings.grid) else _resized(own, settings, grid))
+    own = own if grid == (settings.grid, settings.grid) else _resized(own, settings, grid)
+    own = own.to(cls.dtype)
+    if settings.on_cls:
+        cls = cls + table[:, :1].to(cls.dtype)
+    return cls, patches + own
 
 
 def _resized(table: Tensor, settings: PositionSettings, grid: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from launch.settings import Settings
 
 __all__ = ["Rope", "RopeSettings", "Table", "rotate"]
 
-Table = tuple[Tensor, Tensor]  # sin, cos, each [H*W, head dim]
+Table = tuple[Tensor, Tensor]  # sin, cos, each [H*W, head dim], or [B, K, head dim] of K patches of each image
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 Factor = Annotated[float, Field(gt=1)]
@@ -84,9 +84,14 @@ class Rope(nn.Module):
         self._tables.clear()
         return self
 
+    @property
+    def draws(self) -> bool:
+        """Whether each call gives another table."""
+        return self.training and self.augmented
+
     def forward(self, height: int, width: int) -> Table:
         """Sine and cosine [H*W, head dim] of a grid of ``height`` x ``width`` patches, rows first."""
-        if self.training and self.augmented:
+        if self.draws:
             return self._table(self._augment(self._coordinates(height, width)))
         if torch.compiler.is_compiling():  # a graph keeps its own
             return self._table(self._coordinates(height, width))
@@ -127,7 +132,7 @@ class Rope(nn.Module):
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Turns the last H*W tokens of ``x`` [B, L, heads, head dim]; what precedes them (class token, registers) stays.
+    """Turns the last H*W, or K, tokens of ``x`` [B, L, heads, head dim]; class token and registers before them stay.
 
     Computed in the table's precision, returned in that of ``x``. Nothing of ``x`` is kept for the backward pass: it
     turns the gradient back.
@@ -151,8 +156,10 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Each half of a head in one sweep, written where it belongs."""
-    (sin_a, sin_b), (cos_a, cos_b) = (part[:, None].chunk(2, dim=-1) for part in (sin, cos))  # [HW, 1, head dim / 2]
-    prefix = x.shape[1] - len(sin)
+    (sin_a, sin_b), (cos_a, cos_b) = (
+        part.unsqueeze(-2).chunk(2, dim=-1) for part in (sin, cos)
+    )  # [.., 1, head dim / 2]
+    prefix = x.shape[1] - sin.shape[-2]
     y = x.to(sin.dtype)
     a, b = y[:, prefix:].chunk(2, dim=-1)
     result = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -26,6 +26,7 @@ from pretrain.models.rope import Rope, RopeSettings
 __all__ = ["SIZES", "Features", "VisionTransformer", "VitSettings", "build"]
 
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}  # width, depth, heads
+Each = Sequence[Tensor | None] | None
 _ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 
 
@@ -92,7 +93,7 @@ class Features:
 
     cls: Tensor  # [B, D]
     registers: Tensor  # [B, R, D]
-    patches: Tensor  # [B, N, D], rows of the grid first
+    patches: Tensor  # [B, N, D], rows of the grid first; or [B, K, D] of those that were kept, in their order
 
 
 register_dataclass(Features)  # so that sharding finds the tensors in it
@@ -163,22 +164,25 @@ class VisionTransformer(nn.Module):
             init_positions(self.pos_embed, self.settings.positions, generator)
 
     @overload
-    def forward(self, crops: Tensor, masks: Tensor | None = None) -> Features: ...
+    def forward(self, crops: Tensor, masks: Tensor | None = None, kept: Tensor | None = None) -> Features: ...
     @overload
-    def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> list[Features]: ...
+    def forward(self, crops: Sequence[Tensor], masks: Each = None, kept: Each = None) -> list[Features]: ...
     def forward(
-        self, crops: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+        self, crops: Tensor | Sequence[Tensor], masks: Tensor | Each = None, kept: Tensor | Each = None
     ) -> Features | list[Features]:
         """Features of crops [B, C, H, W], or of each entry of a list of them; entry 1 of a list are the local crops.
 
-        ``masks`` (bool [B, N], true = the patch is replaced by the mask token) has the form of ``crops``.
+        ``masks`` (bool [B, N], true = the patch is replaced by the mask token) and ``kept`` have the form of ``crops``.
+        Of each image only the patches ``kept`` (int64 [B, K], no patch twice) go through the blocks, each with its own
+        position, and come out in that order; the class token and the registers always do.
         Raises ValueError for a size that is no multiple of the patch size, or for another number of channels.
         """
         if isinstance(crops, Tensor):
             assert masks is None or isinstance(masks, Tensor)
-            return self._forward([crops], [masks])[0]
-        masks = [None] * len(crops) if masks is None else list(masks)
-        return self._forward(list(crops), masks)
+            assert kept is None or isinstance(kept, Tensor)
+            return self._forward([crops], [masks], [kept])[0]
+        none: list[Tensor | None] = [None] * len(crops)
+        return self._forward(list(crops), none if masks is None else list(masks), none if kept is None else list(kept))
 
     def intermediate(
         self, image: Tensor, blocks: Sequence[int], norm: bool = True, reshape: bool = True
@@ -200,41 +204,50 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"no such blocks {wrong}: the model has {depth} blocks, 0 to {depth - 1}")
         wanted = [index % depth for index in blocks]
         outputs = {}
-        x, groups, grids = self._tokens([image], [None])
+        x, groups, grids = self._tokens([image], [None], [None])
         for index, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
-            x = block(x, self._packing(groups, grids))
+            x = block(x, self._packing(groups, grids, [None]))
             if index in wanted:
                 tokens = torch.unflatten(x, 0, groups[0])
                 outputs[index] = self._features(tokens, 0) if norm else _named(*self._parts(tokens))
         return [outputs[index] for index in wanted]
 
-    def _forward(self, crops: list[Tensor], masks: list[Tensor | None]) -> list[Features]:
-        x, groups, grids = self._tokens(crops, masks)
+    def _forward(self, crops: list[Tensor], masks: list[Tensor | None], kept: list[Tensor | None]) -> list[Features]:
+        x, groups, grids = self._tokens(crops, masks, kept)
+        packing = None
         for block in self.blocks:
-            x = block(x, self._packing(groups, grids))
+            if packing is None or (self.rope_embed is not None and self.rope_embed.draws):
+                packing = self._packing(groups, grids, kept)
+            x = block(x, packing)
         parts = torch.split(x, [count * length for count, length in groups])
         tokens = [torch.unflatten(part, 0, group) for part, group in zip(parts, groups, strict=True)]
         return [self._features(part, entry) for entry, part in enumerate(tokens)]
 
-    def _packing(self, groups: tuple[Group, ...], grids: list[tuple[int, int]]) -> Packing:
-        """Asked for before each block: with augmentation, each block and group gets its own draw of positions."""
-        return Packing(groups, () if self.rope_embed is None else tuple(self.rope_embed(*grid) for grid in grids))
+    def _packing(self, groups: tuple[Group, ...], grids: list[tuple[int, int]], kept: list[Tensor | None]) -> Packing:
+        """With augmentation asked for before each block: each block and group gets its own draw of positions."""
+        if self.rope_embed is None:
+            return Packing(groups, ())
+        tables = []
+        for grid, rows in zip(grids, kept, strict=True):
+            sin, cos = self.rope_embed(*grid)
+            tables.append((sin, cos) if rows is None else (sin[rows], cos[rows]))
+        return Packing(groups, tuple(tables))
 
     def _tokens(
-        self, crops: list[Tensor], masks: list[Tensor | None]
+        self, crops: list[Tensor], masks: list[Tensor | None], kept: list[Tensor | None]
     ) -> tuple[Tensor, tuple[Group, ...], list[tuple[int, int]]]:
         """The stream [T, D], its groups, and the patch grid of each group."""
         streams, groups, grids = [], [], []
-        for images, mask in zip(crops, masks, strict=True):
+        for images, mask, rows in zip(crops, masks, kept, strict=True):
             self._check(images)
             grids.append((images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size))
-            tokens = self._embed(images, mask, grids[-1])
+            tokens = self._embed(images, mask, rows, grids[-1])
             groups.append(Group(*tokens.shape[:2]))
             streams.append(tokens.flatten(0, 1))
         return streams[0] if len(streams) == 1 else torch.cat(streams), tuple(groups), grids
 
-    def _embed(self, images: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """Class token, registers and patches of each image: [B, 1 + R + N, D]."""
+    def _embed(self, images: Tensor, mask: Tensor | None, kept: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Class token, registers and patches of each image: [B, 1 + R + N, D], or K in place of N."""
         patches = self.patch_embed(images)
         cls: Tensor = self.cls_token
         if mask is None:
@@ -243,6 +256,8 @@ class VisionTransformer(nn.Module):
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         if self.settings.positions is not None:
             cls, patches = add_positions(self.pos_embed, self.settings.positions, cls, patches, grid)
+        if kept is not None:
+            patches = patches.gather(1, kept[..., None].expand(-1, -1, self.dim))
         prefix = [cls, self.storage_tokens] if self.registers else [cls]
         return torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), patches], dim=1)
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launch.distributed import World, world
 from pretrain.data.batch import Batch
 from pretrain.models.heads import DinoHead
+from pretrain.models.positions import PositionSettings
 from pretrain.models.vit import VisionTransformer, VitSettings, build
 from pretrain.precision import in_bf16
 from tests.gloo import run_ranks
@@ -129,3 +130,13 @@ def test_a_wider_stream_rounds_less() -> None:
     exact = gradients(HERE, batch(0))
     narrow, wide = (gradients(HERE, batch(0), "precision=bf16", f"residual={r}") for r in ("bf16", "fp32"))
     assert error(wide, exact) < error(narrow, exact) < 0.1
+
+
+def test_a_fixed_table_of_positions_takes_on_the_precision() -> None:
+    for grid in (2, 4):  # of the images, or another
+        model = build(VIT.model_copy(update={"positions": PositionSettings(grid=grid, fixed=True)}))
+        exact = model(torch.ones(1, 1, 64, 64)).cls
+        in_bf16(model)
+        found = model(torch.ones(1, 1, 64, 64)).cls
+        assert (exact.dtype, found.dtype) == (FP32, BF16)
+        torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)

@@ -252,14 +252,14 @@ def test_drop_path_repeats_with_its_permutations() -> None:
     with _streams(model) as last:
         model(crops)
     torch.manual_seed(5)
-    x, groups, grids = model._tokens(crops, [None, None])
+    x, groups, grids = model._tokens(crops, [None, None], [None, None])
     streams = [
         part.unflatten(0, group) for part, group in zip(x.split([g[0] * g[1] for g in groups]), groups, strict=True)
     ]
     for block in model.blocks:
         for branch in ("attn", "mlp"):
             for i, kept in enumerate([torch.randperm(len(s))[: max(int(len(s) * 0.6), 1)] for s in streams]):
-                part = model._packing((type(groups[0])(len(kept), groups[i].length),), [grids[i]])
+                part = model._packing((type(groups[0])(len(kept), groups[i].length),), [grids[i]], [None])
                 tokens = streams[i][kept].flatten(0, 1)
                 change = (
                     block.ls1(block.attn(block.norm1(tokens), part))
