@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Draw", "generator"]
+__all__ = ["Batch", "Draw", "generator", "number_of"]
 
 
 class Draw(IntEnum):
@@ -22,6 +23,7 @@ class Draw(IntEnum):
     MASKS = 3
     SIZES = 4
     WINDOW = 5
+    REGIONS = 6
 
 
 def generator(seed: int, draw: Draw, *counters: int) -> np.random.Generator:
@@ -29,23 +31,32 @@ def generator(seed: int, draw: Draw, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int(draw), *counters])))
 
 
+def number_of(key: str, which: int) -> int:
+    """64 bits that stand for one of several draws for a named thing, in the place of a counter."""
+    return int.from_bytes(hashlib.blake2b(f"{key} {which}".encode(), digest_size=8).digest(), "big")
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Crops, masks and names of one rank's B images; all crops are normalised float32.
+    """Crops, masks and names of one rank's B images, G global crops of each; all crops are normalised float32.
 
-    Crop-major order: rows [k*B, (k+1)*B) of a crop tensor are crop k of images 0 .. B-1.
+    Crop-major order: rows [k*B, (k+1)*B) of a crop tensor are crop k of images 0 .. B-1. Teachers that see a crop in
+    the same way have one tensor among `views`, which is `global_crops` itself where the student sees it so too.
     """
 
-    global_crops: Tensor  # [2B, C, H, W]
+    global_crops: Tensor  # [G*B, C, H, W]
     local_crops: Tensor  # [n_local*B, C, h, w]
-    gram_crops: Tensor | None  # [2B, C, G, G]; row i shows the same box as global row i
-    masks: Tensor  # bool [2B, N]; True = hidden from the student
-    mask_indices: Tensor  # int64 [M], ascending, flat over 2B*N
+    gram_crops: Tensor | None  # [G*B, C, g, g]; row i shows the same box as global row i
+    masks: Tensor  # bool [G*B, N]; True = hidden from the student
+    mask_indices: Tensor  # int64 [M], ascending, flat over G*B*N
     mask_weights: Tensor  # float32 [M], 1 / (masked patches of that crop)
     keys: tuple[str, ...]  # [B], the sample each image really is
     replaced: tuple[str, ...] = ()  # what could not be read and was replaced, one line a slice
-    masked: tuple[int, ...] = ()  # [2B], masked patches of each crop: lets a batch be cut without asking the device
+    masked: tuple[int, ...] = ()  # [G*B], masked patches of each crop: lets a batch be cut without asking the device
     shared: Mapping[str, Any] | None = None  # of a part of a batch: what each loss term knows of all parts
+    views: tuple[Tensor, ...] = ()  # a teacher: [G*B, C_m, S_m, S_m], the boxes of the global crops as it sees them
+    kept: tuple[Tensor | None, ...] = ()  # a teacher: int64 [G*B, K_m], ascending, the patches it is shown; None: all
+    features: tuple[Tensor, ...] = ()  # a teacher, read and not made: [G*B, 1 + K_m, D_m], the class token first
 
     @property
     def images(self) -> int:
@@ -65,15 +76,18 @@ class Batch:
         return [self._part(first, first + each, masked) for first in range(0, self.images, each)]
 
     def _part(self, first: int, end: int, masked: tuple[int, ...]) -> Batch:
-        """Images first .. end - 1: two runs of global crops, and so two runs of masked patches."""
+        """Images first .. end - 1: a run of rows for each global crop, and so as many runs of masked patches."""
 
         def rows(tensor: Tensor) -> Tensor:
+            if not len(tensor):  # no local crops
+                return tensor
             return torch.unflatten(tensor, 0, (-1, self.images))[:, first:end].flatten(0, 1)
 
+        cut = self._each(rows, ("global_crops", "local_crops", "gram_crops", "masks", "views", "kept", "features"))
         patches = self.masks.shape[1]
         indices, weights = [], []
         counts: tuple[int, ...] = ()
-        for crop in range(2):
+        for crop in range(len(self.masks) // self.images):
             row = crop * self.images + first
             own = masked[row : row + end - first]
             begin = sum(masked[:row])
@@ -82,11 +96,7 @@ class Batch:
             weights.append(self.mask_weights[run])
             counts += own
         return replace(
-            self,
-            global_crops=rows(self.global_crops),
-            local_crops=rows(self.local_crops) if len(self.local_crops) else self.local_crops,
-            gram_crops=None if self.gram_crops is None else rows(self.gram_crops),
-            masks=rows(self.masks),
+            cut,
             mask_indices=torch.cat(indices),
             mask_weights=torch.cat(weights),
             keys=self.keys[first:end],
@@ -99,10 +109,26 @@ class Batch:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed."""
-        changes: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return replace(self, **changes)
+        return self._each(change, tuple(field.name for field in fields(self)))
+
+    def _each(self, change: Callable[[Tensor], Tensor], names: tuple[str, ...]) -> Batch:
+        """The same batch with every tensor of these fields changed; what was one tensor stays one."""
+        changed: dict[int, Tensor] = {}
+
+        def once(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(once, value))
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in changed:
+                changed[id(value)] = change(value)
+            return changed[id(value)]
+
+        return replace(self, **{name: once(getattr(self, name)) for name in names})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are tensors."""
+        """The fields that are tensors, and those of a field with several by its name and their number."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("views", "kept", "features"):
+            values |= {f"{name}.{number}": value for number, value in enumerate(values[name])}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}

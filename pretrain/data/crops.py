@@ -7,9 +7,9 @@ only carry it out, and agree. The window comes before interpolation, so padding 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from launch.settings import Settings
 from pretrain.data.batch import Draw, generator
 from pretrain.data.resample import resample_batch, resample_one, resize
+from pretrain.data.views import TeacherViews
 from pretrain.data.window import Distortions, HuWindow, RandomWindow
 
 __all__ = ["CropDraws", "CropSettings", "CropShape", "Crops", "HuWindow", "crop_batch", "crop_slice", "draw_crops"]
@@ -32,7 +33,7 @@ CHUNK_BYTES = 2**28  # of interpolation weights held at once by crop_batch
 class CropShape(Settings):
     """Side lengths of one step's crops, pixels."""
 
-    global_size: int = Field(256, gt=0, description="side of the two global crops")
+    global_size: int = Field(256, gt=0, description="side of the global crops")
     local_size: int = Field(112, gt=0, description="side of the local crops")
     gram_size: int | None = Field(None, gt=0, description="side of the Gram teacher's crops; null: none are made")
     probability: float = Field(1.0, gt=0, le=1, description="share of the steps that have this shape")
@@ -41,7 +42,7 @@ class CropShape(Settings):
 class CropSettings(Settings):
     """Boxes, sizes, flips and distortions of a slice's crops."""
 
-    global_size: int = Field(256, gt=0, description="side of the two global crops, pixels")
+    global_size: int = Field(256, gt=0, description="side of the global crops, pixels")
     local_size: int = Field(112, gt=0, description="side of the local crops, pixels")
     gram_size: int | None = Field(
         None, gt=0, description="side of the Gram teacher's crops, pixels; null: none are made"
@@ -49,7 +50,11 @@ class CropSettings(Settings):
     mix: tuple[CropShape, ...] = Field(
         (), description="shapes to mix, one a step on all ranks, instead of global_size, local_size and gram_size"
     )
+    n_global: Literal[1, 2] = Field(2, description="global crops of a slice; self_distillation needs both")
     n_local: int = Field(8, ge=0, description="local crops of a slice")
+    fixed: int | None = Field(
+        None, ge=1, description="how many different crops a slice has, taken in turn; null: new ones each time"
+    )
     global_scale: tuple[float, float] = Field((0.32, 1.0), description="share of the slice's area in a global crop")
     local_scale: tuple[float, float] = Field((0.05, 0.32), description="share of the slice's area in a local crop")
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="range of width / height of a box")
@@ -104,7 +109,7 @@ class CropSettings(Settings):
 
 @dataclass(frozen=True)
 class CropDraws:
-    """What is drawn for the K = 2 + n_local crops of a slice, global ones first; of a batch with a leading B."""
+    """What is drawn for the K = n_global + n_local crops of a slice, global ones first; of a batch with a leading B."""
 
     boxes: Tensor  # int64 [K, 4]: top, left, height, width; inside the slice
     flips: Tensor  # bool [K]
@@ -124,11 +129,12 @@ class CropDraws:
 
 @dataclass(frozen=True)
 class Crops:
-    """Normalised float32 crops, crop-major: of B slices, rows [k*B, (k+1)*B) are crop k."""
+    """Normalised float32 crops, crop-major: of B slices, G global crops each, rows [k*B, (k+1)*B) are crop k."""
 
-    globals_: Tensor  # [2B, C, S, S]
+    globals_: Tensor  # [G*B, C, S, S]
     locals_: Tensor  # [n_local*B, C, s, s]
-    gram: Tensor | None  # [2B, C, G, G]
+    gram: Tensor | None  # [G*B, C, g, g]
+    views: tuple[Tensor, ...] = ()  # a teacher: [G*B, C_m, S_m, S_m], undistorted; one tensor for those that see alike
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Global, local and Gram crops."""
@@ -152,12 +158,12 @@ def draw_crops(
     box.
     """
     rng = generator(seed, Draw.CROPS, sample)
-    crops = 2 + settings.n_local
+    crops = settings.n_global + settings.n_local
     u = rng.random((crops, TRIES, 4))
     boxes = _boxes(u, settings, height, width, spacing)
     flips = rng.random(crops) < settings.flip
     if settings.distortions.on:
-        amounts, keys = settings.distortions.draw(crops, rng)
+        amounts, keys = settings.distortions.draw(crops, rng, settings.n_global)
     else:
         amounts, keys = np.zeros((crops, 4), np.float32), np.zeros(crops, np.int64)
     ends = (0.0, 0.0)
@@ -184,7 +190,7 @@ def _boxes(
             height * width,
             np.array([settings.global_scale, settings.local_scale]),
         )
-    scale = limits.repeat([2, len(u) - 2], 0)
+    scale = limits.repeat([settings.n_global, len(u) - settings.n_global], 0)
     area = whole * (scale[:, :1] + u[..., 0] * (scale[:, 1:] - scale[:, :1]))
     low, high = math.log(settings.ratio[0]), math.log(settings.ratio[1])
     aspect = np.exp(low + u[..., 1] * (high - low))
@@ -203,40 +209,101 @@ def _boxes(
 
 
 def crop_slice(
-    hu: NDArray[np.int16], draws: CropDraws, settings: CropSettings, shape: CropShape, window: HuWindow
+    hu: NDArray[np.int16],
+    draws: CropDraws,
+    settings: CropSettings,
+    shape: CropShape,
+    window: HuWindow,
+    views: TeacherViews | None = None,
 ) -> Crops:
     """The crops of one slice [Y, X], each interpolated from its box alone; for the CPU."""
     image = _windowed(torch.from_numpy(hu)[None], draws.window[None], settings, window)[0]
-    base, n = max(shape.global_size, shape.gram_size or 0), settings.n_local
-    globals_ = torch.empty(2, len(image), base, base)
+    base, n, n_global = max(shape.global_size, shape.gram_size or 0), settings.n_local, settings.n_global
+    globals_ = torch.empty(n_global, len(image), base, base)
     locals_ = torch.empty(n, len(image), shape.local_size, shape.local_size)
     boxes, flips = draws.boxes.tolist(), draws.flips.tolist()
     for box, flip, out in zip(boxes, flips, [*globals_, *locals_], strict=True):
         resample_one(image, box, flip, out)
-    return _finish(globals_, locals_, draws.amounts, draws.keys, settings, shape, window)
+    crops = _finish(globals_, locals_, draws.amounts, draws.keys, settings, shape, window)
+
+    def view(own: HuWindow, size: int) -> Tensor:
+        seen, made = own.image(torch.from_numpy(hu)), torch.empty(n_global, own.channels, size, size)
+        for box, flip, out in zip(boxes[:n_global], flips[:n_global], made, strict=True):
+            resample_one(seen, box, flip, out)
+        return made
+
+    return _with_views(crops, views, view, settings, shape, window)
 
 
 @torch.no_grad()
-def crop_batch(hu: Tensor, draws: CropDraws, settings: CropSettings, shape: CropShape, window: HuWindow) -> Crops:
+def crop_batch(
+    hu: Tensor,
+    draws: CropDraws,
+    settings: CropSettings,
+    shape: CropShape,
+    window: HuWindow,
+    views: TeacherViews | None = None,
+) -> Crops:
     """The crops of slices [B, Y, X], padded to one size with anything finite, as two matrix products; for a device.
 
     The products read the whole slice for every crop: 30 times the arithmetic of `crop_slice`, in the form that a GPU
     does for nothing. No value is read back to the host.
     """
-    batch, side, channels = len(hu), max(hu.shape[1:]), window.channels
+    globals_, locals_ = slice(0, settings.n_global), slice(settings.n_global, None)
     base = max(shape.global_size, shape.gram_size or 0)
-    groups = ((slice(0, 2), base), (slice(2, None), shape.local_size))
-    made = [torch.empty(draws.boxes[0, g].shape[0], batch, channels, s, s, device=hu.device) for g, s in groups]
-    per_image = 8 * side * (2 * base + settings.n_local * shape.local_size)
+
+    def own(hu: Tensor, ends: Tensor) -> Tensor:
+        return _windowed(hu, ends, settings, window)
+
+    made = _resampled(hu, draws, own, window.channels, ((globals_, base), (locals_, shape.local_size)))
+    amounts, keys = draws.amounts.transpose(0, 1).flatten(0, 1), draws.keys.transpose(0, 1).flatten()
+    crops = _finish(made[0], made[1], amounts, keys, settings, shape, window)
+
+    def view(own: HuWindow, size: int) -> Tensor:
+        return _resampled(hu, draws, lambda hu, _: own.image(hu), own.channels, ((globals_, size),))[0]
+
+    return _with_views(crops, views, view, settings, shape, window)
+
+
+def _resampled(
+    hu: Tensor,
+    draws: CropDraws,
+    image_of: Callable[[Tensor, Tensor], Tensor],
+    channels: int,
+    groups: Sequence[tuple[slice, int]],
+) -> list[Tensor]:
+    """Of slices [B, Y, X] the crops of each group (which of the K, side): [K*B, C, S, S], a chunk of slices at a time.
+
+    `image_of` makes [b, C, Y, X] of slices and their own windows' ends [b, 2].
+    """
+    batch, side = len(hu), max(hu.shape[1:])
+    counts = [draws.boxes[0, g].shape[0] for g, _ in groups]
+    made = [torch.empty(n, batch, channels, s, s, device=hu.device) for n, (_, s) in zip(counts, groups, strict=True)]
+    per_image = 8 * side * sum(n * size for n, (_, size) in zip(counts, groups, strict=True))
+    chunk = max(1, CHUNK_BYTES // per_image)
     with _exact_products():
-        for first in range(0, batch, max(1, CHUNK_BYTES // per_image)):
-            part = slice(first, first + max(1, CHUNK_BYTES // per_image))
-            image = _windowed(hu[part], draws.window[part], settings, window)
+        for first in range(0, batch, chunk):
+            part = slice(first, first + chunk)
+            image = image_of(hu[part], draws.window[part])
             for (group, size), out in zip(groups, made, strict=True):
                 boxes, flips = draws.boxes[part, group], draws.flips[part, group]
                 out[:, part] = resample_batch(image, boxes, flips, size).transpose(0, 1)
-    amounts, keys = draws.amounts.transpose(0, 1).flatten(0, 1), draws.keys.transpose(0, 1).flatten()
-    return _finish(made[0].flatten(0, 1), made[1].flatten(0, 1), amounts, keys, settings, shape, window)
+    return [crops.flatten(0, 1) for crops in made]
+
+
+def _with_views(
+    crops: Crops,
+    views: TeacherViews | None,
+    view: Callable[[HuWindow, int], Tensor],
+    settings: CropSettings,
+    shape: CropShape,
+    window: HuWindow,
+) -> Crops:
+    """Adds the teachers' views; the student's crops are one of them where nothing changes them."""
+    if views is None:
+        return crops
+    plain = settings.random_window is None and not settings.distortions.on and shape.gram_size is None
+    return replace(crops, views=views.seen(view, {(window, shape.global_size): crops.globals_} if plain else {}))
 
 
 def _windowed(hu: Tensor, ends: Tensor, settings: CropSettings, window: HuWindow) -> Tensor:
@@ -255,7 +322,7 @@ def _finish(
     shape: CropShape,
     window: HuWindow,
 ) -> Crops:
-    """Distorts, and takes student and Gram views from the base crops [2B, C, S, S].
+    """Distorts, and takes student and Gram views from the base crops [G*B, C, S, S].
 
     As in the official recipe both are resized from one base crop; the student's is distorted at its own size, or before
     the resizing when the Gram teacher shares the distortions.

@@ -146,15 +146,17 @@ class Batches(Iterator[Batch]):
         self._count(loaded.faults)
         loaded = loaded.to(self._device, non_blocking=True)
         batch: Batch = loaded.batch
-        crops = Crops(batch.global_crops, batch.local_crops, batch.gram_crops)
+        crops = Crops(batch.global_crops, batch.local_crops, batch.gram_crops, batch.views)
         if loaded.hu is not None:
-            crops = crop_batch(loaded.hu, loaded.draws, self._settings.crops, loaded.shape, self._settings.window)
+            settings, views = self._settings, self._steps.pictured
+            crops = crop_batch(loaded.hu, loaded.draws, settings.crops, loaded.shape, settings.window, views)
         gram = None if crops.gram is None else self._channels(crops.gram)
         return replace(
             batch,
             global_crops=self._channels(crops.globals_),
             local_crops=self._channels(crops.locals_),
             gram_crops=gram,
+            views=crops.views,
         )
 
     def _load(self) -> Any:

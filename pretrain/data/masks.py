@@ -55,21 +55,29 @@ class MaskSettings(Settings):
 
 @dataclass(frozen=True)
 class Masks:
-    """Masks of 2B global crops, crop 0 of all images and then crop 1; the fields are those of `Batch`."""
+    """Masks of G*B global crops, crop 0 of all images and then crop 1; the fields are those of `Batch`."""
 
-    masks: Tensor  # bool [2B, N]
+    masks: Tensor  # bool [G*B, N]
     indices: Tensor  # int64 [M]
     weights: Tensor  # float32 [M]
-    counts: tuple[int, ...]  # [2B], masked patches of each crop
+    counts: tuple[int, ...]  # [G*B], masked patches of each crop
+
+    @staticmethod
+    def of(flat: NDArray[np.bool_]) -> Masks:
+        """What there is to say of masks [G*B, N]."""
+        per_crop = flat.sum(1)
+        weights = np.repeat(1.0 / np.maximum(per_crop, 1), per_crop).astype(np.float32)
+        indices = torch.from_numpy(np.flatnonzero(flat))
+        return Masks(torch.from_numpy(flat), indices, torch.from_numpy(weights), tuple(per_crop.tolist()))
 
 
-def target_counts(settings: MaskSettings, grid: tuple[int, int], images: int) -> list[int]:
-    """Masked patches of each of the 2*images crops of a group, ascending; deterministic.
+def target_counts(settings: MaskSettings, grid: tuple[int, int], images: int, n_global: int = 2) -> list[int]:
+    """Masked patches of each of the n_global*images crops of a group, ascending; deterministic.
 
     int(N * upper edge) of as many equal parts of `ratio` as crops are masked. The edges are float32 because the
     official recipe's are: in float64 one count in a hundred differs by one.
     """
-    patches, crops = grid[0] * grid[1], 2 * images
+    patches, crops = grid[0] * grid[1], n_global * images
     masked = int(crops * settings.probability)
     edges = torch.linspace(*settings.ratio, masked + 1, dtype=torch.float32, device="cpu")
     shares = edges[1:] if settings.edge == "upper" else (edges[1:] + edges[:-1]) / 2
@@ -142,8 +150,17 @@ def _add_block(
     return added
 
 
-def draw_masks(settings: MaskSettings, grid: tuple[int, int], images: int, *, seed: int, step: int, rank: int) -> Masks:
-    """The masks of one rank's `images` at one step.
+def draw_masks(
+    settings: MaskSettings,
+    grid: tuple[int, int],
+    images: int,
+    *,
+    seed: int,
+    step: int,
+    rank: int,
+    n_global: int = 2,
+) -> Masks:
+    """The masks of one rank's `images`, each with `n_global` crops, at one step.
 
     Each group of `settings.group` images draws its own from (seed, step, its index in the global batch), so the same
     global batch has the same masks on any number of ranks whose batches the group divides.
@@ -152,14 +169,10 @@ def draw_masks(settings: MaskSettings, grid: tuple[int, int], images: int, *, se
     if images % group:
         raise ValueError(f"masks.group: {group} does not divide the {images} images of a rank")
     groups, patches = images // group, grid[0] * grid[1]
-    counts = target_counts(settings, grid, group)
-    masks = np.empty((2, groups, group, patches), dtype=np.bool_)
+    counts = target_counts(settings, grid, group, n_global)
+    masks = np.empty((n_global, groups, group, patches), dtype=np.bool_)
     for g in range(groups):
         rng = generator(seed, Draw.MASKS, step, rank * groups + g)
-        drawn = block_masks(settings, grid, counts, rng)[rng.permutation(2 * group)]
-        masks[:, g] = drawn.reshape(2, group, patches)
-    flat = masks.reshape(2 * images, patches)
-    per_crop = flat.sum(1)
-    weights = np.repeat(1.0 / np.maximum(per_crop, 1), per_crop).astype(np.float32)
-    indices = torch.from_numpy(np.flatnonzero(flat))
-    return Masks(torch.from_numpy(flat), indices, torch.from_numpy(weights), tuple(per_crop.tolist()))
+        drawn = block_masks(settings, grid, counts, rng)[rng.permutation(n_global * group)]
+        masks[:, g] = drawn.reshape(n_global, group, patches)
+    return Masks.of(masks.reshape(n_global * images, patches))

@@ -11,13 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.batch import Draw, generator
 
-__all__ = ["TABLE", "Order", "Run", "Source", "deal", "sample_order", "whole_counts"]
+__all__ = ["TABLE", "Order", "Run", "Samples", "Source", "deal", "sample_order", "whole_counts"]
 
 ROUNDS = 8  # of the permutation's Feistel network
 TABLE = 2**16  # samples after which the pattern of sources repeats, at most
@@ -42,6 +43,22 @@ class Source:
         begun = np.concatenate([[0], self._ends[:-1]])
         found: NDArray[np.int64] = self._first[run] + numbers - begun[run]
         return found
+
+
+class Samples(Protocol):
+    """Which slice each sample is."""
+
+    def at(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The slices of samples, as numbers in the corpora laid end to end."""
+        ...
+
+    def visits(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How often the slice of each sample came before."""
+        ...
+
+    def following(self, sample: int, count: int) -> list[int]:
+        """Slices that may stand in for that of a sample, `count` at most."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,18 @@ class Order:
         turn, within = np.divmod(samples, len(self.source))
         source = self.source[within]
         return source, turn * np.array(self.counts, np.int64)[source] + self.number[within]
+
+    def visits(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How often the slice of each sample came before."""
+        sources, positions = self.place(samples)
+        visits: NDArray[np.int64] = positions // np.array([len(source) for source in self.sources], np.int64)[sources]
+        return visits
+
+    def following(self, sample: int, count: int) -> list[int]:
+        """The `count` slices after that of a sample in the order of its source."""
+        (source,), (position,) = self.place(np.array([sample]))
+        found: list[int] = self.slices(int(source), np.arange(position + 1, position + 1 + count)).tolist()
+        return found
 
     def slices(self, source: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The slices at positions of the endless order of a source."""

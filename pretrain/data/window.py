@@ -199,10 +199,12 @@ class Distortions(Settings):
         """Whether any of them can happen."""
         return any((*self.blur, self.noise, self.contrast, self.brightness))
 
-    def draw(self, crops: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Amounts [crops, 4] and noise keys [crops] of a slice's crops: two global ones, then local ones."""
+    def draw(
+        self, crops: int, rng: np.random.Generator, n_global: int = 2
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Amounts [crops, 4] and noise keys [crops] of a slice's crops: one or two global ones, then local ones."""
         happens, amount = rng.random((2, crops, 4))
-        blur = np.repeat(self.blur, [1, 1, crops - 2])
+        blur = np.repeat(self.blur, [1, n_global - 1, crops - n_global])
         probability = np.stack([blur, *np.broadcast_to([[self.noise], [self.contrast], [self.brightness]], (3, crops))])
         low, high = np.array([self.blur_sigma, self.noise_hu, self.contrast_factor, self.brightness_hu]).T
         amounts = np.where(happens < probability.T, low + amount * (high - low), [0.0, 0.0, 1.0, 0.0])

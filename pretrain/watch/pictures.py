@@ -110,13 +110,13 @@ def likeness_picture(seen: Reference, patches: Tensor, at: NDArray[np.int64]) ->
 
 
 def crops_picture(seen: Reference, count: int, window: HuWindow) -> Image:
-    """A line a slice, for the first `count`: the slice, its two global crops with the masked patches in red, its local
+    """A line a slice, for the first `count`: the slice, its global crops with the masked patches in red, its local
     crops."""
     batch, images = seen.batch, seen.batch.images
     lines = []
     for slice_ in range(count):
         line = [_three(_grey(seen.hu[slice_, 0]))]
-        for crop in (slice_, images + slice_):
+        for crop in range(slice_, len(batch.global_crops), images):
             grey = _three(_grey(_in_hu(batch.global_crops[crop], window)))
             hidden = _larger(batch.masks[crop].view(seen.side, seen.side).numpy(), len(grey))
             grey[hidden] = 0.6 * grey[hidden] + 0.4 * _HIDDEN

@@ -18,6 +18,7 @@ from pretrain.data.corpora import Corpora
 from pretrain.data.crops import crop_slice, draw_crops
 from pretrain.data.masks import draw_masks
 from pretrain.data.settings import DataSettings
+from pretrain.data.views import TeacherViews, batch_regions
 from pretrain.watch.patches import on_body, resize_hu, resize_image
 
 __all__ = ["Reference", "reference"]
@@ -43,9 +44,17 @@ class Reference:
 
 
 def reference(
-    corpora: Corpora, data: DataSettings, patch_size: int, count: int, seed: int, say: Callable[[str], None]
+    corpora: Corpora,
+    data: DataSettings,
+    patch_size: int,
+    count: int,
+    seed: int,
+    say: Callable[[str], None],
+    views: TeacherViews | None = None,
 ) -> Reference:
     """Choose `count` slices of the corpus by `seed`, the same on every rank and after every restart.
+
+    The masks are those of `views`, where there are any.
 
     Slices that show little body are passed over while there are others; unreadable ones are passed over and told.
     Raises CorpusError where none can be read.
@@ -63,8 +72,11 @@ def reference(
         draws = draw_crops(settings, *hu.shape, seed=seed, sample=number, spacing=spacing)
         crops.append(crop_slice(hu, draws, settings, shape, window))
     looked_at, grid = torch.cat(pixels), shape.global_size // patch_size
-    masking = data.masks.model_copy(update={"group": None})
-    masks = draw_masks(masking, (grid, grid), len(chosen), seed=seed, step=0, rank=0)
+    n_global, masking = settings.n_global, data.masks.model_copy(update={"group": None})
+    if views is not None:
+        masks, _ = batch_regions(views, grid, n_global, seed=seed, samples=range(len(chosen)))
+    else:
+        masks = draw_masks(masking, (grid, grid), len(chosen), seed=seed, step=0, rank=0, n_global=n_global)
     batch = Batch(
         torch.stack([crop.globals_ for crop in crops], 1).flatten(0, 1),
         torch.stack([crop.locals_ for crop in crops], 1).flatten(0, 1),

@@ -22,9 +22,9 @@ _ROWS = 512  # masked patches that pass through iBOT's heads, so that 65536 prot
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a network made of the 2S global crops of S slices."""
+    """What a network made of the G*S global crops of S slices; G is 2 where crops are compared."""
 
-    cls: Tensor  # [2S, D]
+    cls: Tensor  # [G*S, D]
     masked: Tensor  # [M, D], the patches that are hidden from the student
 
 

@@ -24,6 +24,7 @@ from launch.distributed import World, agree
 from launch.log import Log
 from pretrain.data.corpora import Corpora
 from pretrain.data.settings import DataSettings
+from pretrain.data.views import TeacherViews
 from pretrain.data.window import HuWindow
 from pretrain.losses.gram import gram_loss
 from pretrain.methods import Trainable
@@ -62,14 +63,15 @@ def prepare(
     corpora: Corpora,
     here: World,
     say: Callable[[str], None],
+    views: TeacherViews | None = None,
 ) -> Prepared | None:
-    """Read everything that will be looked at (a collective); None where nothing is to be.
+    """Read everything that will be looked at (a collective); None where nothing is to be. `views` are the method's.
 
     Raises CorpusError, or ProbeError on every rank for what rank 0 could not use.
     """
     if not settings.period:
         return None
-    seen = reference(corpora, data, patch_size, settings.slices, settings.seed, say)
+    seen = reference(corpora, data, patch_size, settings.slices, settings.seed, say, views)
     labelled, passes = None, 0
     if settings.probe is not None:
         labelled, passes = _labelled(settings.probe, data.window, patch_size, here)
