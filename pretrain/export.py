@@ -24,7 +24,7 @@ class Settings(launch.settings.Settings):
     folder: Path = Field(description="run folder of `axial pretrain`")
     step: int | None = Field(None, ge=0, description="step of the checkpoint; null: the newest")
     which: Literal["teacher", "student"] = Field(
-        "teacher", description="which network; the EMA teacher is the better one"
+        "teacher", description="which network; the EMA teacher is the better one; a run without one gives its student"
     )
     heads: bool = Field(False, description="with the projection heads, as a further pretraining can use them")
     output: Path | None = Field(
@@ -43,13 +43,13 @@ def main(settings: Settings) -> Outcome:
     """Export the backbone; an existing export is replaced only once the new one is whole."""
     released = read(settings.folder, settings.step, settings.which)
     output = settings.output or settings.folder / "export.safetensors"
-    write(released, output, which=settings.which, heads=settings.heads)
+    write(released, output, heads=settings.heads)
     size = output.stat().st_size / 2**20
-    print(f"{settings.which} of {released.form}: {len(released.backbone)} tensors, {size:.1f} MiB")
+    print(f"{released.about['which']} of {released.form}: {len(released.backbone)} tensors, {size:.1f} MiB")
     return Outcome(made=(str(output),), next=(f"axial finetune CONFIG.yaml backbone={output}",))
 
 
-def write(released: Released, output: Path, *, which: str, heads: bool) -> None:
+def write(released: Released, output: Path, *, heads: bool) -> None:
     """Write aside, then rename; `axial` in the header is JSON: model, window, step, corpus, which, axial."""
     tensors: dict[str, Tensor] = dict(released.backbone)
     if heads:
@@ -59,7 +59,7 @@ def write(released: Released, output: Path, *, which: str, heads: bool) -> None:
         }
     header = {
         "axial": version("axial-ct"),
-        "which": which,
+        "which": released.about.get("which"),
         "model": released.settings.model_dump(mode="json"),
         "window": released.window.model_dump(mode="json"),
         "step": released.about.get("step"),

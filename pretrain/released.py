@@ -45,6 +45,7 @@ class Released:
     assumed: tuple[str, ...] = ()  # settings that the file does not state
     renamed: tuple[str, ...] = ()  # "old -> new"
     dropped: tuple[str, ...] = ()  # tensors that are no part of a backbone
+    family: str = "axial"  # of `released_keys`, for a published file
 
 
 def is_run(path: Path) -> bool:
@@ -52,10 +53,12 @@ def is_run(path: Path) -> bool:
     return path.is_dir() and ((path / "checkpoints").is_dir() or (path / "progress.json").is_file())
 
 
-def read(path: Path, step: int | None = None, which: str = "teacher") -> Released:
+def read(path: Path, step: int | None = None, which: str = "teacher", encoder: str = "base") -> Released:
     """Read a run folder (its newest checkpoint or that of `step`), a checkpoint, a file, or a Hugging Face folder.
 
-    `which` (teacher or student) matters for runs and checkpoints; of a published file with both it is the teacher.
+    `which` (teacher or student) matters for runs and checkpoints that have both, with a method that has an EMA teacher;
+    of a published file with both it is the teacher.
+    `encoder` (base or momentum) is the one of MoCo v3's two that is read.
     """
     if not path.exists():
         raise ReleasedError(f"{path} does not exist; give a run folder, a checkpoint, an export or a published file")
@@ -71,7 +74,7 @@ def read(path: Path, step: int | None = None, which: str = "teacher") -> Release
         raise ReleasedError(
             f"{path} is a segmentation model of `axial finetune`; give the backbone that it started from"
         )
-    return published(weights)
+    return published(weights, encoder)
 
 
 def _read_checkpoint(path: Path, step: int | None, which: str) -> Released:
@@ -89,10 +92,14 @@ def _read_checkpoint(path: Path, step: int | None, which: str) -> Released:
     if folder is None:
         raise ReleasedError(f"{path}/checkpoints holds no complete checkpoint; let the run reach its first one")
     about = Progress.read(folder)
-    tensors = read_tensors(folder, f"method.{which}.")
+    tensors, found = read_tensors(folder, f"method.{which}."), which
+    if not tensors and which == "teacher":  # a method without one, whose student is what it is for
+        tensors, found = read_tensors(folder, "method.student."), "student"
     if not tensors:
         raise ReleasedError(f"{folder} holds no {which}; a run of `axial pretrain` is needed")
-    return _ours(folder, f"checkpoint of step {about.step}", {**about.about, "step": about.step}, tensors)
+    return _ours(
+        folder, f"checkpoint of step {about.step}", {**about.about, "step": about.step, "which": found}, tensors
+    )
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:
@@ -132,9 +139,9 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     return parts.pop("backbone"), {part: state for part, state in parts.items() if part.endswith("_head")}
 
 
-def published(weights: Weights) -> Released:
+def published(weights: Weights, encoder: str = "base") -> Released:
     """Give a published file's tensors our names and tell its model; what it leaves open is assumed, and said."""
-    named = name_tensors(weights)
+    named = name_tensors(weights, encoder)
     settings, assumed = settings_of(weights, named)
     state, notes = trainable(weights, named.state)
     places = [
@@ -155,6 +162,7 @@ def published(weights: Weights) -> Released:
         assumed=(*assumed, "window"),
         renamed=named.renamed,
         dropped=named.dropped,
+        family=named.family.name,
     )
 
 

@@ -118,7 +118,7 @@ FAMILIES = (
     ),
     Family("MAE (encoder)", ("pos_embed", _QKV), ("mask_token",), containers=("model",)),
     Family(
-        "MoCo v3", ("pos_embed", _QKV), prefixes=("base_encoder.",),
+        "MoCo v3", ("pos_embed", _QKV), prefixes=("base_encoder.", "momentum_encoder."),
         drops=r"head\..*", heads=_HEADS | {384: 12},
     ),
     Family(
@@ -165,15 +165,22 @@ class Named:
     dropped: tuple[str, ...]  # old names
 
 
-def name_tensors(weights: Weights) -> Named:
-    """Tell the family and rename. Raises ReleasedError for a file of no known family, saying what it is if it can."""
+def name_tensors(weights: Weights, encoder: str = "base") -> Named:
+    """Tell the family and rename. Raises ReleasedError for a file of no known family, saying what it is if it can.
+
+    Of a file with the two encoders of MoCo v3 it takes `encoder`, base or momentum.
+    """
     raw = {_WRAPPERS.sub("", name): name for name in weights.tensors}
     for pattern, what in _FOREIGN.items():
         if key := _first(pattern, raw):
             raise ReleasedError(f"{weights.path} is {what} (it has {key!r})")
     if raw and all(name.startswith("decoder") for name in raw):
         raise ReleasedError(f"{weights.path} holds a decoder only; give the file with the encoder")
-    prefix = next((p for p in _PREFIXES if {p + "cls_token", p + "embeddings.cls_token"} & raw.keys()), None)
+    chosen = f"{encoder}_encoder."
+    if encoder != "base" and chosen + "cls_token" not in raw:
+        raise ReleasedError(f"{weights.path} has no {encoder} encoder; give MoCo v3's full file, or take its base")
+    prefixes = [chosen if p == "base_encoder." else p for p in _PREFIXES]
+    prefix = next((p for p in prefixes if {p + "cls_token", p + "embeddings.cls_token"} & raw.keys()), None)
     own = [] if prefix is None else [name.removeprefix(prefix) for name in raw if name.startswith(prefix)]
     family = next((f for f in FAMILIES if prefix is not None and _is(f, own, prefix, weights.container)), None)
     if prefix is None or family is None:

@@ -1,12 +1,14 @@
 """What the trainer needs of a method beyond what the loop needs: its networks, and the weights they start from.
 
-One plug-in a file, with `class Settings` (a `kind`) and `build(settings, *, model, steps, guard) -> Trainable`, which
-builds on torch's default device, here the meta device.
+One plug-in a file, with `class Settings` and `build(settings, *, model, steps, guard) -> Trainable`, which builds on
+torch's default device, here the meta device. The settings have a `kind`, `check_data(data)` and, where the method reads
+weights, `sources` (of an earlier run, for a new one) and `always_read` (at every start), both Source by key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,15 +17,25 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from launch.settings import Settings, plugins
+from pretrain.data.batch import Batch
+from pretrain.data.views import TeacherViews
 from pretrain.loop import Guard, Method
 
 if TYPE_CHECKING:
     import pretrain.settings
 
-__all__ = ["Source", "SourceError", "States", "Trainable", "build_method"]
+__all__ = ["Look", "Source", "SourceError", "States", "Trainable", "build_method"]
 
 States = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 """Whole tensors on the CPU by network, part and name: states["teacher"]["backbone"]["cls_token"]."""
+
+
+class Look(Protocol):
+    """Opens a run's first batches anew, of which all networks but the student see all patches."""
+
+    def __call__(self) -> AbstractContextManager[Iterator[Batch]]:
+        """The batches, closed at the end of the block."""
+        ...
 
 
 class SourceError(ValueError):
@@ -64,8 +76,26 @@ class Trainable(Method, Protocol):
         """Return the weights a new run starts from, the same on every rank; `source` is a run or a published file."""
         ...
 
+    @property
+    def constant(self) -> frozenset[str]:
+        """Names of networks that no step changes and no checkpoint holds: read anew by `fixed` at every start."""
+        ...
+
     def placed(self) -> None:
         """Take note that the networks now have their final parameters (sharded, on the device)."""
+        ...
+
+    def fixed(self, say: Callable[[str], None]) -> States:
+        """Return the weights of the `constant` networks; called after a checkpoint was restored, where there is one."""
+        ...
+
+    def views(self, side: int, whole: bool = False) -> TeacherViews | None:
+        """What other networks see of each global crop of `side` pixels, without hidden patches if `whole`; None: all
+        see the same."""
+        ...
+
+    def calibrate(self, look: Look, say: Callable[[str], None]) -> None:
+        """Fit what is fitted before a new run's first step; a collective."""
         ...
 
 

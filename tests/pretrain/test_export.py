@@ -263,9 +263,17 @@ def test_what_lacks_the_network_or_its_settings_is_named(tmp_path: Path) -> None
     folder = run_folder(tmp_path / "run", networks)
     with pytest.raises(ReleasedError, match=r"step_00000007 holds no gram_teacher"):
         read(folder, which="gram_teacher")
-    networks.state = lambda: {"student": networks.student.state_dict()}  # type: ignore[method-assign]
+    networks.state = lambda: {"other": networks.student.state_dict()}  # type: ignore[method-assign]
     with pytest.raises(ReleasedError, match=r"step_00000008 holds no teacher"):
         read(run_folder(tmp_path / "run", networks, step=8))
+
+
+def test_a_run_without_a_teacher_gives_its_student(tmp_path: Path) -> None:
+    networks = Networks()
+    networks.state = lambda: {"student": networks.student.state_dict()}  # type: ignore[method-assign]
+    found = read(run_folder(tmp_path / "run", networks))
+    assert found.about["which"] == "student"
+    assert torch.equal(found.backbone["cls_token"], networks.student.state_dict()["backbone.cls_token"])
 
 
 def test_another_epsilon_is_warned_of(tmp_path: Path) -> None:
