@@ -6,7 +6,7 @@ Batch `step` is a function of (seed, step) alone, whatever the number of ranks, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -83,6 +83,14 @@ class Segmentation:
 
     def after_step(self, step: int) -> None:
         """Nothing follows the optimizer."""
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Nothing beside the losses."""
+        return {}
+
+    def remark(self, values: Mapping[str, float]) -> str:
+        """Nothing."""
+        return ""
 
     def exported(self) -> SegmentationModel:
         """The segmentation model."""

@@ -57,6 +57,13 @@ VERBS = {
     "pretrain": Verb(
         "a corpus -> a backbone", "pretrain.train:main", "pretrain.settings:Settings", run=True, ranks=True
     ),
+    "features": Verb(
+        "what a recipe's frozen teachers make of a corpus, for any number of students",
+        "pretrain.features:main",
+        "pretrain.settings:Settings",
+        run=True,
+        ranks=True,
+    ),
     "export": Verb("a pretraining run -> one safetensors file", "pretrain.export:main", "pretrain.export:Settings"),
     "finetune": Verb(
         "a backbone + labels -> a segmentation model",
@@ -79,6 +86,7 @@ FREE = (
     "steps", "device", "workers", "data.workers", "data.prefetch", "data.start_method", "data.max_unreadable",
     "data.max_unreadable_share", "data.max_worker_deaths", "patches.workers", "patches.ahead", "prepare_workers",
     "timeout_s", "memory_gib", "extend", "parallel", "checkpoint", "log", "watch", "watchdog", "gc_every", "max_bad",
+    "method.cache",
 )  # fmt: skip
 
 OPTIONS = {

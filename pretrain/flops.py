@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.data.batch import Batch
 from pretrain.data.crops import CropShape
 from pretrain.data.masks import target_counts
+from pretrain.data.views import TeacherViews
 from pretrain.loop import Guard
 from pretrain.methods import build_method
 from pretrain.models.vit import VisionTransformer, VitSettings, build
@@ -61,28 +62,36 @@ def _flops(settings: Settings, shape: CropShape, size: tuple[int, int, int], ima
     custom = {"size": "custom", **dict(zip(("width", "depth", "heads"), size, strict=True))}
     resized = settings.model_copy(update={"model": settings.model.model_copy(update=custom)})
     side = shape.global_size // settings.model.patch_size
-    batch = settings.data.batch_size
-    masked = round(sum(target_counts(settings.data.masks, (side, side), batch)) * images / batch)
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        method = build_method(resized, Guard(torch.device("cpu")), "cpu")
-        terms = method.loss(_shapes_only(settings, shape, images, masked), 0)
+    batch, n_global = settings.data.batch_size, settings.data.crops.n_global
+    masked = round(sum(target_counts(settings.data.masks, (side, side), batch, n_global)) * images / batch)
+    method = build_method(resized, Guard(torch.device("cpu")))  # may look at files, which must not become fake tensors
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for network in method.networks.values():
+            network.to_empty(device="cpu")
+        method.placed()
+        terms = method.loss(_shapes_only(settings, shape, images, masked, method.views(shape.global_size)), 0)
         torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
         return int(counter.get_total_flops())
 
 
-def _shapes_only(settings: Settings, shape: CropShape, images: int, masked: int) -> Batch:
+def _shapes_only(settings: Settings, shape: CropShape, images: int, masked: int, views: TeacherViews | None) -> Batch:
     """A batch with sizes only."""
     channels, patch = settings.model.in_channels, settings.model.patch_size
-    side = shape.global_size // patch
-    empty = torch.empty
+    side, crops = shape.global_size // patch, settings.data.crops.n_global * images
+    empty, seen = torch.empty, () if views is None else views.of
+    read = {} if views is None or views.features is None else views.features.widths
     return Batch(
-        global_crops=empty(2 * images, channels, shape.global_size, shape.global_size),
+        global_crops=empty(crops, channels, shape.global_size, shape.global_size),
         local_crops=empty(settings.data.crops.n_local * images, channels, shape.local_size, shape.local_size),
-        gram_crops=empty(2 * images, channels, shape.gram_size, shape.gram_size) if shape.gram_size else None,
-        masks=empty(2 * images, side * side, dtype=torch.bool),
+        gram_crops=empty(crops, channels, shape.gram_size, shape.gram_size) if shape.gram_size else None,
+        masks=empty(crops, side * side, dtype=torch.bool),
         mask_indices=empty(masked, dtype=torch.long),
         mask_weights=empty(masked),
         keys=("",) * images,
+        views=() if read else tuple(empty(crops, view.window.channels, view.size, view.size) for view in seen),
+        kept=tuple(empty(crops, view.kept, dtype=torch.long) if view.mask else None for view in seen),
+        features=tuple(empty(crops, 1 + view.kept, read[name]) for view, name in zip(seen, read, strict=False)),
     )
 
 
@@ -93,7 +102,7 @@ def layer_table(settings: Settings, depth: int = 5) -> str:
     first shape of the mix.
     """
     shape, n_local = settings.data.crops.shapes[0], settings.data.crops.n_local
-    crops = [(2, shape.global_size)] + ([(n_local, shape.local_size)] if n_local else [])
+    crops = [(settings.data.crops.n_global, shape.global_size)] + ([(n_local, shape.local_size)] if n_local else [])
     table = flop_count_table(layer_macs(settings.model, crops), max_depth=depth, show_param_shapes=False)
     later = tuple(f"blocks.{block}" for block in range(1, settings.model.shape[1]))
     rows = [row for row in table.splitlines() if not row.strip("| ").startswith(later)]

@@ -72,6 +72,17 @@ class Method(Protocol):
         """Do what follows the optimizer: EMA, the Gram teacher."""
         ...
 
+    def numbers(self) -> dict[str, Tensor]:
+        """Return what else is to be logged of the step, 0-dim tensors that stay on the device; always the same names.
+
+        A step in which one of them is not finite is skipped like one with a loss that is not.
+        """
+        ...
+
+    def remark(self, values: Mapping[str, float]) -> str:
+        """Return what a reader of the log should be told of the means since the last line; mostly nothing."""
+        ...
+
     def exported(self) -> nn.Module:
         """Return the module that the run is for."""
         ...
@@ -92,7 +103,7 @@ class Guard:
         self.keep = torch.ones((), device=device)
 
     def judge(self, values: Tensor) -> None:
-        """Set `keep` from this rank's losses and norms, then agree over all ranks (a collective)."""
+        """Set `keep` from this rank's losses, norms and other numbers, then agree over all ranks (a collective)."""
         keep = torch.isfinite(values).all().float()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(keep, op=dist.ReduceOp.MIN)
@@ -194,12 +205,11 @@ def train(
     peak: float = 0.0,
 ) -> Ended:
     """Run the steps that the newest checkpoint leaves to do; `batches` must yield the batch of that step first, each
-    with the `keys` of its samples and what was `replaced`. `validate(step)` is called on every rank after each
-    `validate_every` steps. A method whose EMA is to skip bad steps shares `guard`. `flops` are those of one step on
-    this rank, `peak` the device's FLOP/s; both 0 where not known."""
+    with the `keys` of its samples and what was `replaced`. Every rank calls `validate(step)` after `validate_every`
+    steps. A method whose EMA is to skip bad steps shares `guard`. `flops` of a step on this rank, `peak` FLOP/s."""
     guard = guard or Guard(world.device)
     start = step = checkpoints.restore()
-    meter = Meter(world, settings.steps, settings.max_bad, log, flops, peak)
+    meter = Meter(world, settings.steps, settings.max_bad, log, flops, peak, method.remark)
     dog = Watchdog(checkpoints.run, world, settings.watchdog, log.event if world.rank == 0 else print)
     batches, checkpoints.tick = dog.over(batches), dog.tick
     with Stop() as stop, _collected(settings.gc_every) as collect, dog, _finished(checkpoints, world, log):
@@ -217,12 +227,13 @@ def train(
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 means.append(losses.detach())
             norms = clip_gradients(method.student, settings.clip)
-            values = torch.cat([torch.stack(means).sum(0), torch.stack(list(norms.values()))])
+            watched = {f"grad/{name}": norm for name, norm in norms.items()} | method.numbers()
+            values = torch.cat([torch.stack(means).sum(0), torch.stack(list(watched.values()))])
             dog.at("optimizer")
             guard.judge(values)
             guard.step(optimizer)
             method.after_step(step - 1)
-            meter.add(step - 1, batch, (*terms, *(f"grad/{name}" for name in norms)), values, guard.keep)
+            meter.add(step - 1, batch, (*terms, *watched), values, guard.keep)
             collect(step)
             last = step == settings.steps
             dog.at("validation")

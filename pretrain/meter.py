@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ class Meter:
     log: Log
     flops: float  # of one step on this rank; 0: unknown
     peak: float  # the device's FLOP/s; 0: unknown
+    remark: Callable[[Mapping[str, float]], str]  # the method's, on the means
     names: tuple[str, ...] = ()
     rows: list[tuple[int, Sequence[str], Tensor]] = field(default_factory=list)
     streak: list[str] = field(default_factory=list)
@@ -68,7 +69,8 @@ class Meter:
     def report(self, rates: Mapping[str, float], terms: int, extra: Mapping[str, float]) -> None:
         """Read the device (the one synchronisation), write the line; LoopError after too many bad steps in a row.
 
-        The first `terms` names are the loss's, the rest gradient norms; means are over ranks and the steps kept.
+        The first `terms` names are the loss's, `grad/...` gradient norms, the rest the method's; means are over ranks
+        and the steps kept.
         """
         step = self.rows[-1][0] + 1
         matrix = torch.stack([row for _, _, row in self.rows]).double().cpu()  # [steps, names + keep]
@@ -81,10 +83,10 @@ class Meter:
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         by_name = dict(zip(self.names, mean.tolist(), strict=False))
         losses = dict(list(by_name.items())[:terms])
-        norms = dict(list(by_name.items())[terms:])
+        more = dict(list(by_name.items())[terms:])
         values = {
             "loss": sum(losses.values()),
-            "grad": sum(n * n for n in norms.values()) ** 0.5,
+            "grad": sum(n * n for name, n in more.items() if name.startswith("grad/")) ** 0.5,
             **rates,
             **extra,
         }
@@ -98,12 +100,14 @@ class Meter:
             self.steps,
             values,
             terms=losses,
-            more=norms,
+            more=more,
             slices_per_step=len(self.rows[-1][1]) * self.world.size,
             wait=min(self.waited / elapsed, 1.0),
             memory_gib=torch.cuda.max_memory_allocated(self.world.device) / 2**30 if cuda else _resident_gib(),
             mfu=self.flops * len(self.rows) / elapsed / self.peak if self.flops and self.peak else None,
         )
+        if said := self.remark(by_name):
+            self.log.event(said)
         self._judge(matrix, kept)
         self.rows, self.waited, self.since = [], 0.0, time.perf_counter()
 

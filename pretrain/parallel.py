@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from launch.distributed import World
 from launch.settings import Settings
+from pretrain.precision import held_in_bf16
 
 __all__ = [
     "ParallelError",
@@ -37,6 +38,7 @@ __all__ = [
     "is_compiled",
     "make_mesh",
     "place",
+    "place_constant",
     "recompute_blocks",
     "reduce_gradients",
     "shard",
@@ -69,6 +71,11 @@ class ParallelSettings(Settings):
     )
     shard_ranks: int | None = Field(
         None, ge=1, description="ranks that share one copy, with hybrid; null: the ranks of one machine"
+    )
+    teachers: Literal["replicate", "full"] = Field(
+        "replicate",
+        description="networks that never change (the teachers of multi_teacher): a whole copy on each rank, or sharded "
+        "over all of them, for teachers that do not fit",
     )
     compile: bool = Field(False, description="compile each block and head; minutes at the start, for GPUs")
     recompute: Recompute = Field(
@@ -187,6 +194,20 @@ def _prefetch(modules: Sequence[FSDPModule]) -> None:
         before.set_modules_to_forward_prefetch([after])
     for before, after in pairwise(modules[1:]):
         after.set_modules_to_backward_prefetch([before])
+
+
+def place_constant(
+    parts: nn.ModuleDict, world: World, settings: ParallelSettings, precision: Literal["fp32", "bf16"]
+) -> None:
+    """Move networks that never change: in the run's precision outright, wrapped only where they are to be sharded."""
+    for part in parts.values():
+        if precision == "bf16":
+            held_in_bf16(part)
+        if settings.compile:
+            compile_blocks(part)
+    if settings.teachers == "full":
+        shard(parts, world, ParallelSettings(sharding="full"), frozen=True)
+    place(parts, world.device)
 
 
 def reduce_gradients(student: nn.Module, now: bool) -> None:

@@ -87,6 +87,10 @@ class Settings(launch.settings.Settings):
             self.data.crops.check_patches(self.model.patch_size)
         except ValueError as error:
             raise ValueError(f"data.{error}") from None
+        try:
+            self.method.check_data(self.data)  # type: ignore[attr-defined]  # every method's settings have it
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from None
         return self
 
     @property
@@ -94,19 +98,24 @@ class Settings(launch.settings.Settings):
         """The weights to start from, where they are not fresh ones."""
         return None if self.init_from is None or self.init_from.is_scratch else self.init_from
 
-    def _read_by_method(self) -> dict[str, Source]:
-        return getattr(self.method, "sources", {})
+    def _of_method(self, what: str) -> dict[str, Source]:
+        return getattr(self.method, what, {})
 
     def check_sources(self) -> None:
         """Refuse a new run whose weights are not there or not named, all at once, before anything is built.
 
-        Raises SourceError. A run that goes on from its own checkpoint needs none.
+        Raises SourceError. A run that goes on from its own checkpoint needs only what no checkpoint holds.
         """
-        if any(self.folder.glob("checkpoints/step_*")):
-            return
-        named = {"init_from": self.source, **{f"method.{key}": of for key, of in self._read_by_method().items()}}
-        missing = [f"{key}: {wrong}" for key, of in named.items() if of is not None and (wrong := _missing(of))]
-        if self.init_from is None and (read := list(self._read_by_method())):
+        named: dict[str, Source | None] = {**self._of_method("always_read")}
+        earlier, new = self._of_method("sources"), not any(self.folder.glob("checkpoints/step_*"))
+        if new:
+            named |= {"init_from": self.source, **earlier}
+        missing = [
+            f"{key if key == 'init_from' else 'method.' + key}: {wrong}"
+            for key, of in named.items()
+            if of is not None and (wrong := _missing(of))
+        ]
+        if new and self.init_from is None and (read := list(earlier)):
             missing.append(
                 f"init_from: a run with method.{read[0]} goes on from an earlier one; name that (a run folder, a "
                 "checkpoint or a file), or say init_from=scratch if it is to begin from random weights"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +19,15 @@ from launch.log import Log, tell
 from launch.run import Outcome, Stopped
 from pretrain.checkpoint import Checkpoints, checkpoint_bytes
 from pretrain.data.corpora import Corpora, order_of, overlaps
-from pretrain.data.stream import batches, check
+from pretrain.data.stream import Batches, batches, check
 from pretrain.flops import flops_per_step, layer_table, peak_flops
 from pretrain.loop import Ended, Guard, train
 from pretrain.meter import LoopError
-from pretrain.methods import Trainable, build_method
+from pretrain.methods import States, Trainable, build_method
 from pretrain.optim import build_optimizer
-from pretrain.parallel import compile_blocks, fill, make_mesh, place, recompute_blocks, shard
+from pretrain.parallel import compile_blocks, fill, make_mesh, place, place_constant, recompute_blocks, shard
 from pretrain.precision import in_bf16
+from pretrain.provenance import check_cache
 from pretrain.settings import Settings
 from pretrain.watch.pairs import find_pairs
 from pretrain.watch.watch import Prepared, Watch, prepare
@@ -37,6 +40,7 @@ def main(settings: Settings) -> Outcome:
     settings.check_sources()
     # Not mapped: a storage that fails is then an error that names the shard, not the end of a process.
     corpora = [Corpus(source.path, settings.data.split, mapped=False) for source in settings.data.sources]
+    check_cache(settings, corpora)
     flops = flops_per_step(settings)
     with world(settings.device) as here:
         say: Callable[[str], None] = tell if here.rank == 0 else _silent
@@ -44,10 +48,11 @@ def main(settings: Settings) -> Outcome:
         for line in overlaps(settings.data) if here.rank == 0 else ():
             say(f"warning: {line}")
         _check_parts(settings, here.size)
-        seen = prepare(settings.watch, settings.data, settings.model.patch_size, Corpora(corpora), here, say)
         torch.set_float32_matmul_precision("high" if settings.precision == "bf16" else "highest")
         guard = Guard(here.device)
         method = build_method(settings, guard)
+        views = method.views(settings.data.crops.shapes[0].global_size)
+        seen = prepare(settings.watch, settings.data, settings.model.patch_size, Corpora(corpora), here, say, views)
         say(summary(settings, method, flops))
         place_method(method, settings, here)
         optimizer = build_optimizer(method.student, settings.optim)
@@ -63,18 +68,9 @@ def main(settings: Settings) -> Outcome:
             say=say,
         )
         start = checkpoints.restore()
-        if not start:
-            for name, parts in method.initial(settings.seed, settings.source, say).items():
-                for part, state in parts.items():
-                    fill(method.networks[name][part], state)
-        stream = batches(
-            settings.data,
-            world=here,
-            patch_size=settings.model.patch_size,
-            in_channels=settings.model.in_channels,
-            start=start,
-            corpus=corpora,
-        )
+        opened = partial(_stream, settings, method, here, corpora)
+        _begin(method, settings, start, opened, say)
+        stream = opened(start)
         log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start and start + 1)
         schedules = settings.optim.schedules(settings.steps, settings.data.batch_size)
         share, peak = flops / here.size, peak_flops(here.device, settings.precision)
@@ -90,6 +86,39 @@ def main(settings: Settings) -> Outcome:
             stream.close()
             log.close()
     return _outcome(settings, ended)
+
+
+def _stream(
+    settings: Settings, method: Trainable, here: World, corpora: Sequence[Corpus], start: int, whole: bool = False
+) -> Batches:
+    """This rank's batches from `start` on, with what the method's other networks see, `whole` or as in training."""
+    model = settings.model
+    views = method.views(settings.data.crops.shapes[0].global_size, whole)
+    return batches(
+        settings.data,
+        world=here,
+        patch_size=model.patch_size,
+        in_channels=model.in_channels,
+        start=start,
+        corpus=corpora,
+        views=views,
+    )
+
+
+def _begin(
+    method: Trainable, settings: Settings, start: int, opened: Callable[..., Batches], say: Callable[[str], None]
+) -> None:
+    """Fill what the checkpoint did not; fit what a new run fits."""
+    _fill(method, method.fixed(say))
+    if not start:
+        _fill(method, method.initial(settings.seed, settings.source, say))
+        method.calibrate(lambda: closing(opened(0, whole=True)), say)
+
+
+def _fill(method: Trainable, states: States) -> None:
+    for name, parts in states.items():
+        for part, state in parts.items():
+            fill(method.networks[name][part], state)
 
 
 def _watch(
@@ -137,6 +166,7 @@ def _read(settings: Settings) -> str:
     except CorpusError as error:
         return f"warning: {error}"
     order_of(settings.data, corpora)
+    check_cache(settings, corpora)
     slices = sum(map(len, corpora))
     rounds = settings.steps * settings.data.batch_size / slices
     return f"the corpus: {settings.data.place} has {slices:,} slices, each seen {rounds:,.2f} times on average"
@@ -159,7 +189,10 @@ def _silent(text: str) -> None:
 def place_method(method: Trainable, settings: Settings, here: World) -> None:
     """Wrap, shard and move every network, all NaN until filled; only the student keeps activations to recompute."""
     mesh = make_mesh(here, settings.parallel)
-    for network in method.networks.values():
+    for name, network in method.networks.items():
+        if name in method.constant:
+            place_constant(network, here, settings.parallel, settings.precision)
+            continue
         trained = network is method.student
         for part in network.values():
             if settings.precision == "bf16":
@@ -175,6 +208,7 @@ def place_method(method: Trainable, settings: Settings, here: World) -> None:
 def _fingerprint(settings: Settings) -> str:
     """Hash what a checkpoint's numbers mean: model, method, optimizer, order of samples. Speed and place may change."""
     kept = settings.model_dump(mode="json", include={"model", "method", "optim", "seed"})
+    kept["method"].pop("cache", None)
     kept["batches"] = [settings.data.batch_size, settings.data.seed]
     if len(settings.data.sources) > 1 or settings.data.weights:
         kept["shares"] = [[source.weight for source in settings.data.sources], settings.data.weights]

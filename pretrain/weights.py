@@ -1,17 +1,19 @@
-"""One safetensors file: written whole or not at all, and the same bytes for the same weights."""
+"""Weights as bytes: one safetensors file, written whole or not at all and the same for the same weights; and a mark."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from data_curation.aside import aside, sweep
 
-__all__ = ["write_weights"]
+__all__ = ["digest", "write_weights"]
 
 _LENGTH = 8  # bytes before the header, which hold its length
 
@@ -34,3 +36,12 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         file.write(len(text).to_bytes(_LENGTH, "little"))
         file.write(text)
         file.write(memoryview(data)[end:])
+
+
+def digest(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A mark of tensors on the CPU, int64 [4]: SHA-256 over names, kinds, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return torch.frombuffer(bytearray(found.digest()), dtype=torch.int64)

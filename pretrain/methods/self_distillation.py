@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 import launch.settings
 from launch.settings import choice, plugins
 from pretrain.data.batch import Batch
+from pretrain.data.settings import DataSettings
 from pretrain.loop import Guard
 from pretrain.losses import Coupled, Given, Term, Views
 from pretrain.methods import Source, States
@@ -121,6 +122,11 @@ class Settings(launch.settings.Settings):
             return {}
         return {"gram_teacher": Source(path=gram.path, step=gram.step)}
 
+    def check_data(self, data: DataSettings) -> None:
+        """Refuse crops that it cannot learn from. Raises ValueError."""
+        if data.crops.n_global != 2:
+            raise ValueError("crops.n_global: self_distillation compares two global crops of a slice; set 2")
+
     @property
     def active(self) -> dict[str, launch.settings.Settings]:
         """The terms that are there."""
@@ -137,6 +143,8 @@ class SelfDistillation:
 
     State-dict keys: {student,teacher}.{backbone,<term>_head}.*, gram_teacher.backbone.*.
     """
+
+    constant: frozenset[str] = frozenset()  # the teacher moves, and the Gram teacher may be renewed
 
     def __init__(self, settings: Settings, model: VitSettings, steps: int, guard: Guard) -> None:
         self._settings, self._model, self._steps, self._guard = settings, model, steps, guard
@@ -198,6 +206,16 @@ class SelfDistillation:
                 first = fit(read(gram.path, gram.step), self._model, say)
             states["gram_teacher"] = {"backbone": first}
         return states
+
+    def fixed(self, say: Callable[[str], None]) -> States:
+        """Nothing."""
+        return {}
+
+    def views(self, side: int, whole: bool = False) -> None:
+        """All networks see the crops as they are."""
+
+    def calibrate(self, look: object, say: object) -> None:
+        """Nothing is fitted."""
 
     def placed(self) -> None:
         """Pair the parameters of teacher and student, now that sharding has replaced them. Buffers stay as they are."""
@@ -273,6 +291,14 @@ class SelfDistillation:
         if self.gram_teacher is not None and gram is not None and gram.renewed_after(step):
             for old, new in zip(self.gram_teacher.parameters(), self.teacher["backbone"].parameters(), strict=True):
                 old.copy_(new)
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Nothing beside the terms: the watch looks at targets."""
+        return {}
+
+    def remark(self, values: Mapping[str, float]) -> str:
+        """Nothing."""
+        return ""
 
     def exported(self) -> nn.Module:
         """The teacher's backbone."""

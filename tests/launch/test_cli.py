@@ -186,6 +186,7 @@ def test_help_lists_verbs_and_settings(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_what_may_change_is_a_setting_of_some_run() -> None:
     keys = {row.key for verb in VERBS.values() if verb.run for row in describe(resolve(verb.settings))}
+    keys |= {f"method.{row.key}" for row in describe(resolve("pretrain.methods.multi_teacher:Settings"))}
     assert [one for one in FREE if not any(key == one or key.startswith(f"{one}.") for key in keys)] == []
 
 

@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.settings import load
+from pretrain import train
 from pretrain.checkpoint_files import newest, read_tensors
+from pretrain.settings import Settings
 from tests.gloo import RankFailed, run_ranks
-from tests.pretrain.test_train import REPOSITORY, run, stand_in
+from tests.pretrain.test_train import METHODS, REPOSITORY, TINY, made_up_teachers, stand_in
 
 STEPS = 8
 CALLS = ("mkdir", "write", "fsync", "rename", "unlink", "rmdir")
@@ -25,13 +28,21 @@ MODEL = "model={size: custom, width: 32, depth: 2, heads: 2, in_channels: 1, dro
 SAME = (MODEL, "data.masks.group=2", "method.terms.koleo.group=4")
 
 
-def given(first: Path, steps: int = STEPS) -> tuple[str, ...]:
-    """A second run, as the recipe's: from the weights of a first, with a Gram term."""
+def given(first: Path, method: str) -> tuple[str, ...]:
+    """A second run, as the recipe's: from the weights of a first with a Gram term; or one with teachers."""
+    common = (f"steps={STEPS}", "log.every=1", "checkpoint={every: 2, keep: 2}", "parallel.sharding=full")
+    if method == "multi_teacher":
+        return (*made_up_teachers(first / "teachers"), MODEL, *common, "parallel.teachers=full")
     return (
-        *SAME, f"steps={steps}", "log.every=1", "checkpoint={every: 2, keep: 2}", f"init_from={first}",
-        "method.terms.gram.weight=2", "data.crops.gram_size=96", f"method.gram_teacher={{path: {first}, step: 2}}",
-        "parallel.sharding=full",
+        *TINY,
+        *SAME, *common, f"init_from={first}", "method.terms.gram.weight=2", "data.crops.gram_size=96",
+        f"method.gram_teacher={{path: {first}, step: 2}}",
     )  # fmt: skip
+
+
+def run(folder: Path, *words: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    train.main(load(Settings, None, [f"folder={folder}", *words]))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +50,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch.setattr)
-        run(folder, "steps=2", *SAME)
+        run(folder, "steps=2", *TINY, *SAME)
     return folder
 
 
@@ -62,16 +73,16 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 from pretrain import checkpoint_writer, train
-from tests.pretrain.test_kill import fatal, given
-from tests.pretrain.test_train import run, stand_in
+from tests.pretrain.test_kill import fatal, given, run
+from tests.pretrain.test_train import stand_in
 
 stand_in(setattr)
-folder, first, *points = sys.argv[1:]
+folder, first, method, *points = sys.argv[1:]
 for name, _, point in (text.partition(":") for text in points):
     child = os.fork()
     if not child:
         fatal(int(point), name)
-        run(Path(folder), *given(Path(first)))
+        run(Path(folder), *given(Path(first), method))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert name or status == 0, status
@@ -108,8 +119,8 @@ def fatal(point: int, only: str = "", each: int = 50) -> None:
         counted(checkpoint_writer._Stream if name == "write" else os, name)
 
 
-def drive(folder: Path, first: Path, points: list[str]) -> list[list[str]]:
-    command = [sys.executable, "-P", "-c", DRIVER, str(folder), str(first), *points, ":0"]
+def drive(folder: Path, first: Path, method: str, points: list[str]) -> list[list[str]]:
+    command = [sys.executable, "-P", "-c", DRIVER, str(folder), str(first), method, *points, ":0"]
     ours = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=ours, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,29 +138,31 @@ def drive(folder: Path, first: Path, points: list[str]) -> list[list[str]]:
     ],
     ids=["some", *CALLS],
 )
-def test_killed_at_a_change_of_the_disk(tmp_path: Path, first: Path, points: list[str]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_a_change_of_the_disk(tmp_path: Path, first: Path, points: list[str], method: str) -> None:
     """One kill after the other in one folder: before, amid and after writes and renames, and among the deletions.
 
     Each start gets on a little, so that the last kills may find a run that is done.
     """
-    drive(tmp_path / "whole", first, [])
-    told = drive(tmp_path / "killed", first, points)
+    drive(tmp_path / "whole", first, method, [])
+    told = drive(tmp_path / "killed", first, method, points)
     assert len(told) >= 0.5 * len(points), f"the run ended before it was killed: {told}"
     assert {name for _, name in told} == {point.split(":")[0] for point in points}
     same(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.slow
-def test_killed_at_any_time(tmp_path: Path, first: Path) -> None:
-    drive(tmp_path / "whole", first, [])
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_any_time(tmp_path: Path, first: Path, method: str) -> None:
+    drive(tmp_path / "whole", first, method, [])
     draw = random.Random(0)
     folder = tmp_path / "killed"
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tests.pretrain.test_kill import given\n"
-        "from tests.pretrain.test_train import run, stand_in\nstand_in(setattr)\n"
-        "print('begins', flush=True)\nrun(Path(sys.argv[1]), *given(Path(sys.argv[2])))"
+        "import sys\nfrom pathlib import Path\nfrom tests.pretrain.test_kill import given, run\n"
+        "from tests.pretrain.test_train import stand_in\nstand_in(setattr)\n"
+        "print('begins', flush=True)\nrun(Path(sys.argv[1]), *given(Path(sys.argv[2]), sys.argv[3]))"
     )
-    command = [sys.executable, "-P", "-c", code, str(folder), str(first)]
+    command = [sys.executable, "-P", "-c", code, str(folder), str(first), method]
     ours = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     for _ in range(20):
         with subprocess.Popen(command, cwd=REPOSITORY, env=ours, stdout=subprocess.PIPE) as process:
@@ -161,12 +174,12 @@ def test_killed_at_any_time(tmp_path: Path, first: Path) -> None:
     same(tmp_path / "whole", folder)
 
 
-def ranks(rank: int, size: int, folder: Path, first: Path, killed: int, point: int, only: str) -> None:
+def ranks(rank: int, size: int, folder: Path, first: Path, method: str, killed: int, point: int, only: str) -> None:
     """The run on `size` ranks, of which rank `killed` is killed before its `point`-th call of `only`."""
     if rank == killed:
         fatal(point, only)
     stand_in(setattr)
-    run(folder, *given(first))
+    run(folder, *given(first, method))
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -176,9 +189,9 @@ def losses(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name.startswith(("loss", "term/"))} for row in rows]
 
 
-def go_on(folder: Path, first: Path, size: int, killed: int = -1, point: int = 0, only: str = "") -> None:
+def go_on(folder: Path, first: Path, method: str, size: int, killed: int = -1, point: int = 0, only: str = "") -> None:
     kill = {"killed": killed, "point": point, "only": only}
-    run_ranks(f"{__file__}:ranks", size, folder.parent, folder=folder, first=first, **kill)
+    run_ranks(f"{__file__}:ranks", size, folder.parent, folder=folder, first=first, method=method, **kill)
 
 
 def newest_step(folder: Path) -> int:
@@ -186,10 +199,11 @@ def newest_step(folder: Path) -> int:
     return int(found.name.removeprefix("step_")) if found is not None else 0
 
 
-@pytest.fixture(scope="module")
-def two_whole(tmp_path_factory: pytest.TempPathFactory, first: Path) -> Path:
-    folder = tmp_path_factory.mktemp("two") / "whole"
-    go_on(folder, first, 2)
+@pytest.fixture(scope="module", params=METHODS)
+def two_whole(tmp_path_factory: pytest.TempPathFactory, first: Path, request: pytest.FixtureRequest) -> Path:
+    """An undisturbed run on two ranks; its name is the method."""
+    folder = tmp_path_factory.mktemp("two") / str(request.param)
+    go_on(folder, first, folder.name, 2)
     return folder
 
 
@@ -198,9 +212,9 @@ def test_two_ranks_with_sharding_one_of_them_killed_go_on_bit_for_bit(
 ) -> None:
     folder = tmp_path / "killed"
     with pytest.raises(RankFailed):
-        go_on(folder, first, 2, killed=1, point=2, only="fsync")  # its part of the second checkpoint
+        go_on(folder, first, two_whole.name, 2, killed=1, point=2, only="fsync")  # its part of the second checkpoint
     assert newest_step(folder) == 2
-    go_on(folder, first, 2)
+    go_on(folder, first, two_whole.name, 2)
     same(two_whole, folder)
 
 
@@ -208,8 +222,9 @@ def test_two_ranks_then_one_then_two_make_the_same_losses(tmp_path: Path, first:
     folder = tmp_path / "mixed"
     for size, last in ((2, 2), (1, 4)):
         with pytest.raises(RankFailed):
-            go_on(folder, first, size, killed=0, point=4, only="rename")  # when the second checkpoint gets its name
+            # when the second checkpoint gets its name
+            go_on(folder, first, two_whole.name, size, killed=0, point=4, only="rename")
         assert newest_step(folder) == last
-    go_on(folder, first, 2)
+    go_on(folder, first, two_whole.name, 2)
     for ours, theirs in zip(losses(folder), losses(two_whole), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)

@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ class Line:
 
     def after_step(self, step: int) -> None:
         self.mean.lerp_(self.student["line"].weight.detach(), 0.5 * self.guard.keep)
+
+    def numbers(self) -> dict[str, Tensor]:
+        return {"mean": self.mean.abs().mean()}
+
+    def remark(self, values: Mapping[str, float]) -> str:
+        return "mean is above 2" if values["mean"] > 2 else ""
 
     def exported(self) -> nn.Module:
         return self.student["line"]

@@ -17,14 +17,18 @@ from launch.settings import dump, find, load
 from pretrain import train
 from pretrain.checkpoint_files import newest, read_tensors
 from pretrain.methods import SourceError
+from pretrain.methods.multi_teacher import Settings as MultiTeacher
+from pretrain.models.vit import VitSettings
 from pretrain.schedule import Schedule
 from pretrain.settings import Settings
+from tests.pretrain.teacher_files import write_export
 
 FILES = sorted(find("stage1.yaml").parent.glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
 GIVEN = ["folder=runs/x", "data.corpus=corpus"]
 RUNS = [name for name in NAMES if not name.startswith("demo")]  # the demo itself runs those of the demo
 CONTINUES = [name for name in NAMES if "gram" in name or "hires" in name]
+TAUGHT = [name for name in NAMES if "comad" in name]
 
 
 def recipe(name: str, *words: str) -> Settings:
@@ -113,9 +117,41 @@ def test_the_recipe_on_natural_images_is_the_official_one() -> None:
         )  # fmt: skip
 
 
+def test_comad_has_what_is_known_of_the_paper_and_for_ct_what_holds_up() -> None:
+    paper, ct = (recipe(name).method for name in ("comad_paper", "comad_ct"))
+    assert isinstance(paper, MultiTeacher)
+    assert isinstance(ct, MultiTeacher)
+    assert paper.shares == {"mae": 0.5, "moco_v3": 0.4, "ibot": 0.3}
+    assert (paper.masks.student, paper.masks.nested, paper.masks.replace) == (0.75, False, True)
+    assert (paper.adapter.kind, paper.adapter.affine, paper.cls.weight.peak) == ("joint", True, 0.0)
+    assert [getattr(paper.gate, name).peak for name in ("affinity", "agreement", "temperature")] == [1, 1, 0.1]
+    assert [(kl.weight.peak, kl.temperature) for kl in (paper.token, paper.spatial)] == [(1, 1), (1, 1)]
+    assert (ct.adapter.kind, ct.masks.nested, ct.masks.replace, ct.cls.weight.peak) == ("gcca", True, False, 1.0)
+    s = recipe("comad_paper")
+    assert (s.model.shape, s.steps, s.data.batch_size, s.model.drop_path) == ((192, 12, 3), 93_825, 4096, 0.1)
+    assert (s.data.crops.n_global, s.data.crops.n_local, s.data.crops.global_scale) == (1, 0, (0.2, 1.0))
+    schedules = s.optim.schedules(s.steps, s.data.batch_size)
+    assert [float(f"{schedules.lr(step):.2g}") for step in (0, 4691, 93_824)] == [0, 2.4e-3, 0]
+
+
+@pytest.fixture(scope="module")
+def vit_b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of the size of the published ones; its numbers do not matter."""
+    folder = tmp_path_factory.mktemp("vit_b")
+    return write_export(folder / "vit_b.safetensors", VitSettings(size="b"), 0)
+
+
+def taught(name: str, teacher: Path) -> list[str]:
+    """The recipe's teachers, all read from one file."""
+    method = recipe(name).method
+    if not isinstance(method, MultiTeacher):
+        return []
+    return [f"method.teachers.{n}={{kind: axial, weights: {teacher}, mask: {method.shares[n]}}}" for n in method.active]
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_says_its_rate_and_its_work_without_a_run(name: str, tmp_path: Path) -> None:
-    words = [f"init_from.path={tmp_path}"] if recipe(name).init_from is not None else []
+def test_says_its_rate_and_its_work_without_a_run(name: str, tmp_path: Path, vit_b: Path) -> None:
+    words = [f"init_from.path={tmp_path}"] if recipe(name).init_from is not None else taught(name, vit_b)
     words += [f"method.gram_teacher.path={tmp_path}"] if name in CONTINUES else []
     settings = recipe(name, *words)
     said = train.dry_run(settings)
@@ -136,6 +172,9 @@ def test_a_source_that_is_not_there_stops_it_at_once(
     monkeypatch.setattr(train, "flops_per_step", lambda _: 0.0)
     monkeypatch.setattr(train, "build_method", lambda *_: pytest.fail("built"))
     needs = {"init_from": recipe(name).source is not None, "method.gram_teacher": name in CONTINUES}
+    method = recipe(name).method
+    if isinstance(method, MultiTeacher):
+        needs |= {f"method.teachers.{teacher}.weights": True for teacher in method.active}
     if not any(needs.values()):
         return recipe(name).check_sources()
     for flags in ([], ["--dry-run"]):
@@ -144,7 +183,8 @@ def test_a_source_that_is_not_there_stops_it_at_once(
         assert f"{sum(needs.values())} source(s) of weights missing" in said
         assert [key for key in needs if f"  {key}: " in said] == [key for key, needed in needs.items() if needed]
         where = "dinov3-downloads" if "runs/" not in str(recipe(name).init_from) else "yaml into it first"
-        assert where in said
+        hints = {"comad_paper": "mae_pretrain_vit_base.pth (CC-BY-NC", "comad_smoke": "run `axial demo folder=demo`"}
+        assert hints.get(name, where) in said
     return None
 
 
@@ -187,16 +227,32 @@ def shrunk(settings: Settings, folder: Path, corpus: Path, source: Path | None) 
             shape[name] = shape[name] and max(1, round(shape[name] / 128)) * 16
     data["data"] |= {"corpus": str(corpus), "batch_size": 4, "workers": 0, "split": None, "crops": crops}
     data["data"]["masks"]["group"] = data["data"]["masks"]["group"] and 2
-    for part in data["method"]["terms"].values():
+    for part in data["method"].get("terms", {}).values():
         if "head" in part:
             part["head"] |= {"prototypes": 32, "hidden": 16, "bottleneck": 8}
+    if "teachers" in data["method"]:
+        _small_teachers(data, folder.parent)
     data["parallel"]["compile"] = False
     data["log"] |= {"every": 1, "tensorboard": False}
     if source is not None and data["init_from"] is not None:
         data["init_from"]["path"] = str(source)
-    if source is not None and data["method"]["gram_teacher"] is not None:
+    if source is not None and data["method"].get("gram_teacher") is not None:
         data["method"]["gram_teacher"] |= {"path": str(source), "step": 1}
     return Settings.model_validate(data)
+
+
+def _small_teachers(data: dict[str, Any], folder: Path) -> None:
+    """The recipe's teachers as small files of our own, with their shares, floors and masks."""
+    if (positions := data["model"]["positions"]) is not None:
+        positions["grid"] = data["data"]["crops"]["global_size"] // 16
+    data["method"]["adapter"]["slices"] = 40
+    for seed, (name, teacher) in enumerate(data["method"]["teachers"].items()):
+        size = VitSettings(size="custom", width=32, depth=1, heads=2, layerscale=None)
+        path = write_export(folder / f"{name}.safetensors", size, seed)
+        data["method"]["teachers"][name] = {
+            **{key: teacher[key] for key in ("mask", "floor", "size", "block", "norm")}, "kind": "axial",
+            "weights": str(path),
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -212,4 +268,7 @@ def test_trains(name: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.Mon
     assert found.name == "step_00000002"
     weights = read_tensors(found, "method.")
     assert all(torch.isfinite(x).all() for x in weights.values() if x.is_floating_point())
-    assert {key.split(".")[0] for key in weights} == {"student", "teacher", *["gram_teacher"] * (name in CONTINUES)}
+    parts = {"student", "teacher", *["gram_teacher"] * (name in CONTINUES)}
+    if name in TAUGHT:
+        parts = {"student", "marks", *["adapters"] * (name != "comad_paper")}
+    assert {key.split(".")[0] for key in weights} == parts

@@ -24,17 +24,22 @@ from pretrain.checkpoint_files import newest, read_tensors
 from pretrain.export import Settings as ExportSettings
 from pretrain.export import main as export
 from pretrain.meter import LoopError
+from pretrain.models.vit import VitSettings
 from pretrain.settings import Settings
+from tests.pretrain.teacher_files import write_export
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD = "{prototypes: 64, hidden: 64, bottleneck: 32}"
-TINY = (
+COMMON = (
     "precision=fp32", "device=cpu", "data.corpus=made-up", "data.batch_size=4", "data.workers=0",
-    "log.tensorboard=false",
+    "log.tensorboard=false", "optim.lr={peak: 2e-3, warmup: 0.1}", "optim.lr_rule=none",
     "model={size: custom, width: 32, depth: 2, heads: 2, in_channels: 1, drop_path: 0.3, rope: {rescale: 2}}",
-    "data.crops={global_size: 64, local_size: 32, n_local: 2}", f"method.terms.dino.head={HEAD}",
-    f"method.terms.ibot.head={HEAD}", "optim.lr={peak: 2e-3, warmup: 0.1}", "optim.lr_rule=none",
 )  # fmt: skip
+TINY = (
+    *COMMON, "data.crops={global_size: 64, local_size: 32, n_local: 2}", f"method.terms.dino.head={HEAD}",
+    f"method.terms.ibot.head={HEAD}",
+)  # fmt: skip
+METHODS = ("self_distillation", "multi_teacher")
 
 
 class Slices:
@@ -60,8 +65,21 @@ class Slices:
         return f"slice{i}"
 
 
-def settings(folder: Path, *more: str) -> Settings:
-    return load(Settings, None, [f"folder={folder}", "steps=6", *TINY, *more])
+def made_up_teachers(folder: Path) -> tuple[str, ...]:
+    """In the place of TINY: a student of two teachers, the same each time, written where other processes find them."""
+    model = VitSettings(size="custom", width=32, depth=1, heads=2, in_channels=1, layerscale=None)
+    sizes = {"one.safetensors": model, "two.safetensors": model.model_copy(update={"width": 48, "patch_size": 8})}
+    for seed, (name, size) in enumerate(sizes.items()):
+        if not (folder / name).exists():
+            write_export(folder / name, size, seed)
+    named = (f"method.teachers.t{n}={{kind: axial, weights: {folder / name}}}" for n, name in enumerate(sizes))
+    crops = "data.crops={global_size: 64, n_global: 1, n_local: 0}"
+    return (*COMMON, crops, "method.kind=multi_teacher", *named, "method.adapter={slices: 40, tokens: 8}")
+
+
+def settings(folder: Path, *more: str, method: str = "self_distillation") -> Settings:
+    tiny = TINY if method == "self_distillation" else made_up_teachers(folder.parent / "teachers")
+    return load(Settings, None, [f"folder={folder}", "steps=6", *tiny, *more])
 
 
 @pytest.fixture
@@ -75,9 +93,9 @@ def stand_in(put: Any) -> None:
     put(train, "fingerprint", lambda _: "made-up")
 
 
-def run(folder: Path, *more: str) -> None:
+def run(folder: Path, *more: str, method: str = "self_distillation") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    train.main(settings(folder, *more))
+    train.main(settings(folder, *more, method=method))
 
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
@@ -107,25 +125,95 @@ def test_the_loss_falls_and_the_summary_says_what_will_happen(
 
 
 @pytest.mark.usefixtures("slices")
-def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, "steps=2")
+def test_a_student_of_two_teachers_gets_nearer_to_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run", "steps=40", "log.every=10", method="multi_teacher")
+    said = capsys.readouterr().out
+    first, *_, last = losses(said)
+    assert last < 0.9 * first
+    assert "frozen: teachers" in said
+    assert "teacher t1: axial: two.safetensors" in said
+    assert "adapters: gcca, fitted on 40 slices" in said
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last_row = next(row for row in reversed(rows) if "gate/entropy" in row)
+    assert last_row["gate/weight/t0"] + last_row["gate/weight/t1"] == pytest.approx(1, abs=1e-4)
+    assert {"gate/cosine/t0-t1", "gate/target_std", "term/token", "term/spatial", "term/cls"} <= last_row.keys()
+    export(ExportSettings(folder=tmp_path / "run"))
+    assert "student of checkpoint of step 40" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("slices")
+def test_models_of_transformers_teach_a_student_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the count of FLOPs on: a plain one and a pyramid, which cannot leave patches out, and see all of them."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    common = {"image_size": 64, "patch_size": 4}
+    plain = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, image_size=64
+    )
+    pyramid = transformers.SwinConfig(embed_dim=24, depths=[1, 1], num_heads=[2, 4], window_size=2, **common)
+    transformers.ViTModel(plain).save_pretrained(tmp_path / "plain")
+    transformers.SwinModel(pyramid).save_pretrained(tmp_path / "pyramid")
+    words = [
+        f"method.teachers.t{n}={{kind: hugging_face, weights: {tmp_path / name}}}"
+        for n, name in enumerate(("plain", "pyramid"))
+    ]
+    run(tmp_path / "run", "steps=3", "log.every=1", *words, method="multi_teacher")
+    said = capsys.readouterr().out
+    assert "(vit, width 48, patches of 16)" in said
+    assert "(swin, width 48, patches of 8)" in said
+    assert len(losses(said)) == 3
+    with pytest.raises(ValueError, match=r"method\.teachers\.t0\.mask: this network cannot leave out 0\.5"):
+        run(tmp_path / "masked", *words, "method.teachers.t0.mask=0.5", method="multi_teacher")
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    run(tmp_path / "run", "steps=2", method=method)
     capsys.readouterr()
-    run(tmp_path, "steps=2")
+    run(tmp_path / "run", "steps=2", method=method)
     assert "continuing from step_00000002" in (said := capsys.readouterr().out)
     assert not losses(said)
 
 
 @pytest.mark.usefixtures("slices")
-def test_a_signal_is_said_to_be_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Slices, "key", lambda self, i: os.kill(os.getpid(), signal.SIGTERM) or f"slice{i}")
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM after step 1 of 6, saved; the same command continues"):
-        run(tmp_path)
-    assert newest(tmp_path) == tmp_path / "checkpoints" / "step_00000001"
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])  # SLURM's end of time, and the warning after which it requeues
+def test_a_signal_is_said_to_be_no_failure_and_the_run_goes_on_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, name: str
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(whole, method=method)
+    armed = False
+
+    def ordered(self: Slices, i: int) -> str:
+        if armed:
+            os.kill(os.getpid(), getattr(signal, name))
+        return f"slice{i}"
+
+    monkeypatch.setattr(Slices, "key", ordered)
+    begin = train.train
+
+    def arm(*given: Any, **more: Any) -> Any:  # not before: what comes before the first step saves nothing
+        nonlocal armed
+        armed = True
+        return begin(*given, **more)
+
+    monkeypatch.setattr(train, "train", arm)
+    with pytest.raises(Stopped, match=rf"stopped by {name} after step 1 of 6, saved; the same command continues"):
+        run(stopped, method=method)
+    assert newest(stopped) == stopped / "checkpoints" / "step_00000001"
+    monkeypatch.undo()
+    stand_in(monkeypatch.setattr)
+    run(stopped, method=method)
+    a, b = everything(whole), everything(stopped)
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def killed_at_half(folder: Path) -> int:
+def killed_at_half(folder: Path, method: str) -> int:
     """Start a run in another process and kill it, with no chance to react, once its third step is saved."""
-    command = [sys.executable, "-P", __file__, str(folder)]
+    command = [sys.executable, "-P", __file__, str(folder), method]
     ours = os.environ | {"PYTHONPATH": str(REPOSITORY)}  # not the code that happens to be installed
     with subprocess.Popen(
         command, cwd=REPOSITORY, env=ours, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -139,14 +227,15 @@ def killed_at_half(folder: Path) -> int:
 
 
 @pytest.mark.usefixtures("slices")
-def test_six_steps_are_three_a_kill_and_three_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_six_steps_are_three_a_kill_and_three_bit_for_bit(tmp_path: Path, method: str) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    run(whole, "checkpoint.every=3")
-    assert killed_at_half(halves) == -signal.SIGKILL
+    run(whole, "checkpoint.every=3", method=method)
+    assert killed_at_half(halves, method) == -signal.SIGKILL
     half = newest(halves)
     assert half is not None
     assert half.name == "step_00000003", "the run ended before it was killed"
-    run(halves, "checkpoint.every=3")
+    run(halves, "checkpoint.every=3", method=method)
     a, b = everything(whole), everything(halves)
     assert a.keys() == b.keys()
     assert any(name.startswith("optimizer.") for name in a)
@@ -220,7 +309,7 @@ def test_no_file_of_the_trainer_knows_of_phases() -> None:
 if __name__ == "__main__":
     stand_in(setattr)
     Slices.delay = 0.05
-    run(Path(sys.argv[1]), "checkpoint.every=3")
+    run(Path(sys.argv[1]), "checkpoint.every=3", method=sys.argv[2])
 
 
 def test_an_export_names_the_corpus_it_was_trained_on(tmp_path: Path) -> None:
