@@ -29,7 +29,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("backbone") / "export.safetensors"
     torch.manual_seed(0)
     released = Released(path, "made up", VIT, THREE, build(VIT).state_dict(), about={"step": 1, "corpus": "none"})
-    export.write(released, path, which="teacher", heads=False)
+    export.write(released, path, heads=False)
     return path
 
 
