@@ -225,7 +225,6 @@ class MultiTeacher:
         """Fit the maps to what the teachers make of the first slices, seen whole; nothing to do for `joint`."""
         if self._adapter.kind == "joint":
             return
-
         with look() as batches:
             fit_maps(self._maps, self._adapter, (self._features(self._see(batch)) for batch in batches), say)
 
