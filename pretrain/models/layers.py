@@ -136,7 +136,8 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, scale: nn.Module | None = None) -> Tensor:
         x = x if norm is None else norm(x)
-        return linear(F.silu(self.w1(x)) * self.w2(x), self.w3, self.w3.bias, scale=scale)
+        gate, value = (linear(x, layer, layer.bias) for layer in (self.w1, self.w2))
+        return linear(F.silu(gate) * value, self.w3, self.w3.bias, scale=scale)
 
 
 class Block(nn.Module):
@@ -153,6 +154,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = mlp
         self.ls2 = LayerScale(dim, layerscale) if layerscale is not None else nn.Identity()
+        self.adapter: nn.Module | None = None  # given the feed-forward's result, its input and norm, makes another
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """Stream [T, D] to stream [T, D]."""
@@ -161,7 +163,8 @@ class Block(nn.Module):
             return self.attn(tokens, kept, self.norm1, self.ls1)  # type: ignore[no-any-return]
 
         def feed(tokens: Tensor, kept: Packing) -> Tensor:
-            return self.mlp(tokens, self.norm2, self.ls2)  # type: ignore[no-any-return]
+            made: Tensor = self.mlp(tokens, self.norm2, self.ls2)
+            return made if self.adapter is None else self.adapter(made, tokens, self.norm2)
 
         for branch in (attend, feed):
             x = self._dropped(x, packing, branch) if self.training and self.drop_path else x + branch(x, packing)

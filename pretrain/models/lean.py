@@ -8,13 +8,36 @@ the steps are made one by one.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["add_rows", "linear"]
+__all__ = ["Side", "add_rows", "linear"]
+
+
+class Side(nn.Module):
+    """A branch of low rank beside a linear layer (LoRA, Hu et al. 2021): `linear` adds up(down(x)) times a factor.
+
+    A layer has one as its child ``side``. It starts as nothing, since ``up`` is zero.
+    """
+
+    factor: Tensor  # alpha / rank, kept with the weights so that these alone tell what is to be added
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        self.dropout = dropout
+        self.down = nn.Parameter(torch.empty(rank, layer.in_features, **like))
+        self.up = nn.Parameter(torch.zeros(layer.out_features, rank, **like))
+        self.register_buffer("factor", torch.tensor(alpha / rank, **like))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] to [T, E]."""
+        return F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.down), self.up * self.factor)
 
 
 def linear(
@@ -29,10 +52,14 @@ def linear(
     """``scale(layer(x))``, of ``norm(x)`` or of the exact GELU of x; [T, D] to [T, E], in autocast's precision.
 
     ``bias`` is what the layer adds; ``scale`` multiplies by its ``gamma``, if it has one. Kept are ``x``, two numbers a
-    token of the norm, and the parameters.
+    token of the norm, and the parameters; nothing but them where neither gradient nor norm needs ``x``. A `Side` of
+    the layer stands before ``scale``, and keeps its ``rank`` numbers a token.
     """
+    side: Side | None = getattr(layer, "side", None)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_meta:  # autocast has no meta form
-        made: Tensor = layer(norm(x) if norm is not None else F.gelu(x) if gelu else x)
+        given = norm(x) if norm is not None else F.gelu(x) if gelu else x
+        made: Tensor = layer(given)
+        made = made if side is None else made + side(given)
         return made if scale is None else scale(made)
     kind, gamma = x.device.type, getattr(scale, "gamma", None)
     lower = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
@@ -42,58 +69,81 @@ def linear(
     if norm is not None:  # in the precision of the stream, which may be finer than the layer's
         before = (norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
     with torch.autocast(kind, enabled=False):
-        return _Linear.apply(x, weight, bias, gamma, *before, gelu, dtype)  # type: ignore[no-any-return,no-untyped-call]
+        if side is None:
+            return _Linear.apply(x, weight, bias, gamma, *before, gelu, dtype, None, None)  # type: ignore[no-any-return,no-untyped-call]
+        up = side.up * side.factor if gamma is None else side.up * (side.factor * gamma)[:, None]
+        if not (side.dropout and side.training):
+            return _Linear.apply(x, weight, bias, gamma, *before, gelu, dtype, side.down, up)  # type: ignore[no-any-return,no-untyped-call]
+        made = _Linear.apply(x, weight, bias, gamma, *before, gelu, dtype, None, None)  # type: ignore[no-untyped-call]
+        given = norm(x.to(norm.weight.dtype)) if norm is not None else F.gelu(x) if gelu else x
+        low = F.linear(F.dropout(given, side.dropout).to(dtype), side.down.to(dtype))
+        return torch.addmm(made, low, up.to(dtype).T)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, scale: Tensor | None,
-        shift: Tensor | None, eps: float, gelu: bool, dtype: torch.dtype,
+        shift: Tensor | None, eps: float, gelu: bool, dtype: torch.dtype, down: Tensor | None, up: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        mean = rstd = None
+        mean = rstd = low = None
         given = F.gelu(x) if gelu else x
         if scale is not None:
             given, mean, rstd = torch.native_layer_norm(x, scale.shape, scale, shift, eps)
-        ctx.save_for_backward(x, weight, bias, gamma, scale, shift, mean, rstd)
-        ctx.eps, ctx.gelu, ctx.dtype = eps, gelu, dtype
+        given = given.to(dtype)
         whole, offset = (
             (weight, bias) if gamma is None else (weight * gamma[:, None], None if bias is None else bias * gamma)
         )
-        return F.linear(given.to(dtype), whole.to(dtype), None if offset is None else offset.to(dtype))
+        made = F.linear(given, whole.to(dtype), None if offset is None else offset.to(dtype))
+        if down is not None and up is not None:
+            low = F.linear(given, down.to(dtype))  # [T, rank]
+            made = torch.addmm(made, low, up.to(dtype).T)  # in place it would change what a recomputation keeps
+        wanted = ctx.needs_input_grad
+        again = gelu or scale is not None  # what stands before the layer has a gradient of its own, which is made of x
+        needed = wanted[1] or wanted[3] or wanted[9] or (again and (wanted[0] or wanted[4] or wanted[5]))
+        ctx.save_for_backward(x if needed else None, weight, bias, gamma, scale, shift, mean, rstd, low, down, up)
+        ctx.eps, ctx.gelu, ctx.dtype, ctx.given = eps, gelu, dtype, x.dtype
+        return made
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        x, weight, bias, gamma, scale, shift, mean, rstd = ctx.saved_tensors
+        x, weight, bias, gamma, scale, shift, mean, rstd, low, down, up = ctx.saved_tensors
         (grad,), wanted = gradients, ctx.needs_input_grad
         to_x: Any = None
         to_weight: Any = None
-        to_bias = to_gamma = to_scale = to_shift = None
-        if wanted[1] or wanted[3]:
+        to_bias = to_gamma = to_scale = to_shift = to_down = to_up = to_low = None
+        if low is not None:
+            to_up = (grad.T @ low).to(up.dtype)
+            to_low = grad @ up.to(ctx.dtype)
+        if wanted[1] or wanted[3] or wanted[9]:
             given = F.gelu(x) if ctx.gelu else x
             if scale is not None:
                 given = torch.native_layer_norm(x, scale.shape, scale, shift, ctx.eps)[0]
-            to_weight = (grad.T @ given.to(ctx.dtype)).to(weight.dtype)
+            given = given.to(ctx.dtype)
+            to_weight = (grad.T @ given).to(weight.dtype) if wanted[1] or wanted[3] else None
+            to_down = (to_low.T @ given).to(down.dtype) if to_low is not None else None
             del given
-        if bias is not None:
+        if bias is not None and (wanted[2] or wanted[3]):
             to_bias = grad.sum(0).to(bias.dtype)
         if gamma is not None:
             if wanted[3]:
                 to_gamma = torch.linalg.vecdot(to_weight, weight)
                 to_gamma = to_gamma if bias is None else to_gamma.addcmul_(to_bias, bias)
             to_weight = to_weight * gamma[:, None] if wanted[1] else None
-            to_bias = to_bias * gamma if bias is not None else None
+            to_bias = to_bias * gamma if to_bias is not None else None
             weight = weight * gamma[:, None]
         if any(wanted[i] for i in (0, 4, 5)):
             to_x = grad @ weight.to(ctx.dtype)
+            if to_low is not None:
+                to_x = torch.addmm(to_x, to_low, down.to(ctx.dtype))
             if ctx.gelu:
                 to_x = torch.ops.aten.gelu_backward(to_x.to(x.dtype), x)
             if scale is not None:
                 to_x, to_scale, to_shift = torch.ops.aten.native_layer_norm_backward(
-                    to_x.to(x.dtype), x, scale.shape, mean, rstd, scale, shift, [True, True, True]
+                    to_x.to(x.dtype), x, scale.shape, mean, rstd, scale, shift, [True, wanted[4], wanted[5]]
                 )
-            to_x = to_x.to(x.dtype)
-        return to_x, to_weight, to_bias, to_gamma, to_scale, to_shift, None, None, None
+            to_x = to_x.to(ctx.given)
+        return to_x, to_weight, to_bias, to_gamma, to_scale, to_shift, None, None, None, to_down, to_up
 
 
 def add_rows(x: Tensor, rows: Tensor, change: Tensor, factors: list[tuple[int, float]]) -> Tensor:

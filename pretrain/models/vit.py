@@ -259,7 +259,7 @@ class VisionTransformer(nn.Module):
         if kept is not None:
             patches = patches.gather(1, kept[..., None].expand(-1, -1, self.dim))
         prefix = [cls, self.storage_tokens] if self.registers else [cls]
-        return torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), patches], dim=1)
+        return torch.cat([*(token.expand(images.shape[0], -1, -1) for token in prefix), patches], dim=1)
 
     def _check(self, images: Tensor) -> None:
         channels, height, width = images.shape[-3:]

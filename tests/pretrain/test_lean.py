@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.layers import LayerScale
-from pretrain.models.lean import add_rows, linear
+from pretrain.models.lean import Side, add_rows, linear
 from pretrain.models.vit import VitSettings, build
 
 CASES: list[dict[str, Any]] = [
@@ -56,6 +56,59 @@ def test_numbers_and_gradients_are_those_of_the_modules(case: dict[str, Any], fr
         strict=True,
     ):  # fmt: skip
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_side_branch_is_what_it_says(case: dict[str, Any], frozen: bool) -> None:
+    """scale((W + factor up down) given + b), with the gradients of that."""
+    torch.manual_seed(0)
+    layer, norm, scale = parts(case, torch.float64)
+    side = Side(layer, 2, 6.0)
+    nn.init.normal_(side.up)
+    layer.side = side
+    for module in (layer.weight, layer.bias, *(m for m in (norm, scale) if frozen and m is not None)):
+        if module is not None:
+            module.requires_grad_(not frozen)
+    side.requires_grad_(True)
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    gelu = case.get("gelu", False)
+    given = norm(x) if norm is not None else F.gelu(x) if gelu else x
+    expected = F.linear(given, layer.weight + 3.0 * side.up @ side.down, layer.bias)
+    expected = expected if scale is None else scale(expected)
+    ours = linear(x, layer, layer.bias, norm=norm, gelu=gelu, scale=scale)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    modules = (layer, norm, scale)
+    wanted = [x, *(p for m in modules if m is not None for p in m.parameters() if p.requires_grad)]
+    assert frozen == (len(wanted) == 3)
+    weights = torch.randn_like(expected)
+    for got, want in zip(
+        torch.autograd.grad((ours * weights).sum(), wanted), torch.autograd.grad((expected * weights).sum(), wanted),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, layer, layer.bias, norm=norm, gelu=gelu, scale=scale), expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "keeps"), [({}, False), ({"scale": True}, False), ({"gelu": True}, True), ({"norm": True}, True)]
+)
+def test_a_frozen_layer_keeps_its_input_only_for_what_stands_before_it(case: dict[str, Any], keeps: bool) -> None:
+    layer, norm, scale = parts(case, torch.float32)
+    for module in (layer, norm, scale):
+        if module is not None:
+            module.requires_grad_(False)
+    x = torch.randn(7, 6, requires_grad=True) * 2
+    found = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        found.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        linear(x, layer, layer.bias, norm=norm, gelu=case.get("gelu", False), scale=scale)
+    assert (x.untyped_storage().data_ptr() in found) == keeps
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
