@@ -1,4 +1,4 @@
-"""`axial export`: a run's checkpoint -> one safetensors file that says in its header how to use it."""
+"""`axial export`: a run's checkpoint -> one safetensors file that says in its header how to use it; and other forms."""
 
 from __future__ import annotations
 
@@ -7,56 +7,98 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+import torch
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 import launch.settings
+from data_curation.aside import aside
 from launch.run import Outcome
+from pretrain.hugging_face import write_folder
 from pretrain.released import Released, read
 from pretrain.weights import write_weights
 
-__all__ = ["Settings", "main", "write"]
+__all__ = ["Settings", "main", "write", "write_pth"]
+
+_ENDINGS = {"axial": ".safetensors", "pth": ".pth"}
 
 
 class Settings(launch.settings.Settings):
-    """Export of a pretraining run."""
+    """Export of a pretraining run, or of any file that a backbone can be read from."""
 
-    folder: Path = Field(description="run folder of `axial pretrain`")
+    folder: Path = Field(description="run folder of `axial pretrain`; also a checkpoint, an export or a published file")
+    format: Literal["axial", "hugging_face", "pth"] = Field(
+        "axial",
+        description="axial: one safetensors; hugging_face: a folder that DINOv3ViTModel of transformers loads; pth: "
+        "{'teacher': {'backbone.x': ...}} as DINOv3's own code and MedDINOv3's read it",
+    )
     step: int | None = Field(None, ge=0, description="step of the checkpoint; null: the newest")
     which: Literal["teacher", "student"] = Field(
         "teacher", description="which network; the EMA teacher is the better one; a run without one gives its student"
     )
     heads: bool = Field(False, description="with the projection heads, as a further pretraining can use them")
     output: Path | None = Field(
-        None, description="file to write, NAME.safetensors; null: export.safetensors in the run folder"
+        None,
+        description="file to write, NAME.safetensors or NAME.pth, or the folder of hugging_face; null: in the run "
+        "folder export.safetensors, export.pth or hugging_face",
     )
 
     @field_validator("output")
     @classmethod
-    def _is_safetensors(cls, output: Path | None) -> Path | None:
-        if output is not None and output.suffix != ".safetensors":
-            raise ValueError("must end in .safetensors, by which it is known when it is read")
+    def _is_of_the_format(cls, output: Path | None, info: ValidationInfo) -> Path | None:
+        ending = _ENDINGS.get(info.data.get("format", ""), "")
+        if output is not None and ending and output.suffix != ending:
+            raise ValueError(f"must end in {ending}, by which it is known when it is read")
+        if output is not None and not ending and output.suffix in _ENDINGS.values():
+            raise ValueError("must be a folder: hugging_face is three files")
         return output
+
+    @model_validator(mode="after")
+    def _has_heads(self) -> Settings:
+        if self.heads and self.format == "hugging_face":
+            raise ValueError("heads=true: DINOv3ViTModel has none; use format=axial or format=pth")
+        return self
 
 
 def main(settings: Settings) -> Outcome:
     """Export the backbone; an existing export is replaced only once the new one is whole."""
     released = read(settings.folder, settings.step, settings.which)
-    output = settings.output or settings.folder / "export.safetensors"
-    write(released, output, heads=settings.heads)
-    size = output.stat().st_size / 2**20
-    print(f"{released.about['which']} of {released.form}: {len(released.backbone)} tensors, {size:.1f} MiB")
-    return Outcome(made=(str(output),), next=(f"axial finetune CONFIG.yaml backbone={output}",))
+    name = {"axial": "export.safetensors", "pth": "export.pth", "hugging_face": "hugging_face"}[settings.format]
+    if settings.output is None and settings.folder.is_file():
+        raise ValueError(f"{settings.folder} is a file, beside which nothing is written unasked; give output=NAME")
+    output = settings.output or settings.folder / name
+    if settings.format == "hugging_face":
+        if output.is_file():
+            raise ValueError(f"output {output} is a file; give a folder")
+        made = write_folder(released, output)
+    else:
+        if output.is_dir():
+            raise ValueError(f"output {output} is a folder; give a file in it")
+        (write if settings.format == "axial" else write_pth)(released, output, heads=settings.heads)
+        made = [output]
+    size = made[-1].stat().st_size / 2**20
+    which = released.about.get("which", "backbone")
+    print(f"{which} of {released.form}: {len(released.backbone)} tensors, {size:.1f} MiB as {settings.format}")
+    if settings.format == "pth":
+        print(f"the file has no place for the window: {released.window.said()}")
+    return Outcome(made=tuple(map(str, made)), next=(f"axial finetune CONFIG.yaml backbone={output}",))
+
+
+def write_pth(released: Released, output: Path, *, heads: bool) -> None:
+    """Write {'teacher': {'backbone.x': ...}} aside, then rename; with `heads` their tensors beside the backbone's."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with aside(output) as file:
+        torch.save({"teacher": _joined(released, heads)}, file)
+
+
+def _joined(released: Released, heads: bool) -> dict[str, Tensor]:
+    parts = {"backbone": released.backbone, **(released.heads if heads else {})}
+    return {f"{part}.{name}": tensor.contiguous() for part, state in parts.items() for name, tensor in state.items()}
 
 
 def write(released: Released, output: Path, *, heads: bool) -> None:
     """Write aside, then rename; `axial` in the header is JSON: model, window, step, corpus, which, axial."""
-    tensors: dict[str, Tensor] = dict(released.backbone)
-    if heads:
-        tensors = {f"backbone.{name}": tensor for name, tensor in released.backbone.items()}
-        tensors |= {
-            f"{part}.{name}": tensor for part, state in released.heads.items() for name, tensor in state.items()
-        }
+    tensors = _joined(released, heads) if heads else dict(released.backbone)
     header = {
         "axial": version("axial-ct"),
         "which": released.about.get("which"),

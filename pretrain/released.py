@@ -149,21 +149,36 @@ def published(weights: Weights, encoder: str = "base") -> Released:
         *([f"prefix {named.prefix!r}"] if named.prefix else []),
         *(["with its config.json"] if named.family.config and weights.config else []),
     ]
+    if settings.registers == 0:
+        state.pop("storage_tokens", None)  # transformers writes one of no rows
+    window = _stated_window(weights) if named.family.config else None
     if weights.aside:
         notes.append(f"left aside in the file: {_listed(weights.aside)}")
     return Released(
         weights.path,
         ", ".join([named.family.name, *places]),
         settings,
-        HuWindow(),
+        HuWindow() if window is None else window,
         state,
         named.heads,
         notes=tuple(notes),
-        assumed=(*assumed, "window"),
+        assumed=(*assumed, "window") if window is None else assumed,
         renamed=named.renamed,
         dropped=named.dropped,
         family=named.family.name,
     )
+
+
+def _stated_window(weights: Weights) -> HuWindow | None:
+    """The window in config.json, which our own exports for Hugging Face have."""
+    if "hu_window" not in weights.config:
+        return None
+    try:
+        return HuWindow.model_validate(weights.config["hu_window"])
+    except pydantic.ValidationError as error:
+        raise ReleasedError(
+            f"{weights.path}: hu_window in config.json is no window: {error.errors()[0]['msg']}; export it again"
+        ) from error
 
 
 def fit(
