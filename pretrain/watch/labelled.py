@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from launch.settings import Settings
 from pretrain.data.window import HuWindow
-from pretrain.watch.pairs import Pair, ProbeError, groups, read_pair
+from pretrain.watch.pairs import Pair, ProbeError, groups, labelled_slices, read_pair
 from pretrain.watch.patches import on_body, patch_classes, resize_hu, resize_image, resize_labels
 
-__all__ = ["Drawn", "Labelled", "balanced", "label_patches"]
+__all__ = ["Drawn", "Labelled", "balanced", "input_size", "label_patches", "slice_patches"]
 
 _AT_ONCE = 8  # slices of a forward pass
 
@@ -80,22 +80,27 @@ def label_patches(pairs: Sequence[Pair], patch_size: int, window: HuWindow, sett
 def _slices(pair: Pair, patch: int, window: HuWindow, settings: Drawn) -> list[tuple[Tensor, NDArray[np.int64]]]:
     """Some slices of a scan, in pieces of at most _AT_ONCE, with the class of each patch; none without a label."""
     hu, labels = read_pair(pair)
-    there = np.flatnonzero([bool(plane.any()) for plane in labels])
-    if not len(there):
-        return []
-    count = min(settings.slices, len(there))
-    start = np.random.default_rng([settings.seed, 2, zlib.crc32(pair.group.encode())]).random()
-    picked = there[((np.arange(count) + start) * len(there) / count).astype(np.int64)]
-    scale = settings.size / max(hu.shape[1:])
-    height, width = (max(1, round(side * scale / patch)) * patch for side in hu.shape[1:])
-    found = []
-    for first in range(0, count, _AT_ONCE):
-        some = picked[first : first + _AT_ONCE]
-        pixels = torch.from_numpy(np.ascontiguousarray(hu[some], np.float32))
-        image = resize_image(window.image(pixels), (height, width))
-        classes = patch_classes(resize_labels(np.rint(labels[some]).astype(np.int64), (height, width)), patch)
-        found.append((image, np.where(on_body(resize_hu(pixels, (height, width)), patch).numpy(), classes, -1)))
-    return found
+    picked = labelled_slices(labels, settings.slices, settings.seed, pair.group)
+    size = input_size(hu.shape[1:], settings.size, patch)
+    pieces = [picked[first : first + _AT_ONCE] for first in range(0, len(picked), _AT_ONCE)]
+    return [slice_patches(hu[some], np.rint(labels[some]).astype(np.int64), size, patch, window) for some in pieces]
+
+
+def input_size(shape: Sequence[int], longer: int, patch: int) -> tuple[int, int]:
+    """Height and width of slices [Y, X] as the network sees them: about `longer` pixels at most, whole patches."""
+    scale = longer / max(shape)
+    height, width = (max(1, round(side * scale / patch)) * patch for side in shape)
+    return height, width
+
+
+def slice_patches(
+    hu: NDArray[Any], labels: NDArray[np.int64], size: tuple[int, int], patch: int, window: HuWindow
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """Slices and labels [b, Y, X] -> images [b, C, *size], and the class of each patch [b, N], -1 off the body."""
+    pixels = torch.from_numpy(np.ascontiguousarray(hu, np.float32))
+    image = resize_image(window.image(pixels), size)
+    classes = patch_classes(resize_labels(labels, size), patch)
+    return image, np.where(on_body(resize_hu(pixels, size), patch).numpy(), classes, -1)
 
 
 def _drawn(

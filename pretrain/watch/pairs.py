@@ -6,6 +6,7 @@ ProbeError(ValueError)    no pairs, a file that cannot be read, two files that d
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from data_curation.finding import KINDS, Found, find, parts
 from data_curation.grid import Grid, VolumeError, from_image, to_lps
 from data_curation.volumes import load
 
-__all__ = ["Pair", "ProbeError", "find_pairs", "groups", "read_pair"]
+__all__ = ["Pair", "ProbeError", "find_pairs", "groups", "labelled_slices", "read_pair"]
 
 
 class ProbeError(ValueError):
@@ -119,6 +120,20 @@ def read_pair(pair: Pair) -> tuple[NDArray[Any], NDArray[Any]]:
     if not (low >= 0 and high <= 65535):
         raise ProbeError(f"{pair.label}: label values run from {low} to {high}; whole numbers from 0 are needed")
     return hu, labels
+
+
+def labelled_slices(labels: NDArray[Any], count: int | None, seed: int, name: str) -> NDArray[np.int64]:
+    """At most `count` of the slices of a label map [Z, Y, X] that hold a label, at even distances; None: all of them.
+
+    Where they begin is drawn by `seed` and the patient's name.
+    """
+    there = np.flatnonzero([bool(plane.any()) for plane in labels])
+    count = len(there) if count is None else min(count, len(there))
+    if not count:
+        return there
+    start = np.random.default_rng([seed, 2, zlib.crc32(name.encode())]).random()
+    picked: NDArray[np.int64] = there[((np.arange(count) + start) * len(there) / count).astype(np.int64)]
+    return picked
 
 
 def _grid(path: Path, reader: Any) -> Grid:
