@@ -1,24 +1,26 @@
 """A data set in nnU-Net's raw format: imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz, dataset.json of version 1 or 2.
 
-CaseError (a ValueError): the folder or one of its cases cannot be trained on; its text names case, value and remedy.
-Everything here is checked before any training; faults are gathered and told together.
+Several channels are several files, CASE_0000, CASE_0001, ... Instead of the two folders a dataset.json of version 2 may
+have a table `dataset` of paths. CaseError (a ValueError): the folder or one of its cases cannot be trained on; its text
+names case, value and remedy. Everything here is checked before any training; faults are gathered and told together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
-
 from data_curation.finding import KINDS
-from data_curation.folds import FOLD, FOLDS, drawn, fold_of
-from launch import settings as base
+from downstream.labels import EXAMPLE, IGNORE, CaseError, Labels, parse_labels, told
+from downstream.splits import Split, split
 
 __all__ = [
+    "IGNORE",
     "CaseError",
     "Dataset",
     "Labels",
@@ -33,112 +35,42 @@ __all__ = [
     "told",
 ]
 
-_SHOWN = 10  # faults told in full; the rest are counted
-
-
-class CaseError(ValueError):
-    """A data-set folder or a case that cannot be used, with its remedy."""
-
-
-@dataclass(frozen=True)
-class Labels:
-    """`organs`: name -> its label values, several for a region; `values`: class index -> label value, 0 first."""
-
-    organs: Mapping[str, tuple[int, ...]]
-    values: tuple[int, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """A name for each class index; a value that only regions hold is called `label N`."""
-        single = {values[0]: name for name, values in self.organs.items() if len(values) == 1}
-        return tuple("background" if value == 0 else single.get(value, f"label {value}") for value in self.values)
+# nnU-Net's names of normalisations that a network here cannot be given; any name but CT is another kind of image.
+_REFUSED = ("nonorm", "rescale_to_0_1", "rgb_to_0_1")
+_CHANNEL = re.compile(r"(.*)_(\d{4})")
 
 
 @dataclass(frozen=True)
 class RawCase:
-    """Where one case lies."""
+    """Where one case lies; `images` holds a file for each channel."""
 
     name: str
-    image: Path
+    images: tuple[Path, ...]
     label: Path
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A checked folder: every case has an image and a label."""
+    """A checked folder: every case has an image of each channel and a label."""
 
     name: str
     folder: Path
     labels: Labels
+    channels: tuple[str, ...]
     cases: tuple[RawCase, ...]
-
-
-class Split(base.Settings):
-    """Which cases validate: named ones, or a fraction, or one fold. By the numbers in their names, so the same on every
-    machine; the default fold of a whole benchmark is the one that curation holds out."""
-
-    fold: int = Field(
-        FOLD, ge=0, description="which of the folds validates (used when neither val nor val_fraction is given)"
-    )
-    folds: int = Field(FOLDS, ge=2, description="how many folds the cases are cut into")
-    val: tuple[str, ...] | None = Field(None, description="names of the validation cases; an empty list: no validation")
-    val_fraction: float | None = Field(None, gt=0, lt=1, description="share of the cases that validates")
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Split:
-        if self.val is not None and self.val_fraction is not None:
-            raise ValueError("give val or val_fraction, not both")
-        if self.fold >= self.folds:
-            raise ValueError(f"fold {self.fold} does not exist among {self.folds} folds, numbered from 0")
-        return self
-
-
-def split(names: Sequence[str], settings: Split) -> tuple[list[str], list[str]]:
-    """Names of the training and of the validation cases, sorted and disjoint."""
-    ordered = sorted(names)
-    if settings.val is not None:
-        unknown = sorted(set(settings.val) - set(ordered))
-        if unknown:
-            raise CaseError(f"split.val names {unknown}, which the data set does not have; it has {_some(ordered)}")
-        held = set(settings.val)
-    elif settings.val_fraction is not None:
-        held = set(drawn(ordered)[: max(1, round(len(ordered) * settings.val_fraction))])
-    elif len(ordered) < settings.folds:
-        raise CaseError(f"{len(ordered)} case(s) cannot make {settings.folds} folds; set split.val to a list of names")
-    else:
-        held = set(fold_of(ordered, settings.fold, settings.folds))
-    if len(held) >= len(ordered):
-        raise CaseError(f"all {len(ordered)} case(s) are for validation, none is left to train on; change `split`")
-    return [name for name in ordered if name not in held], [name for name in ordered if name in held]
 
 
 def open_dataset(folder: Path) -> Dataset:
     """Reads `dataset.json` and pairs images with labels by file name, no voxel. CaseError tells every fault at once."""
-    described = _dataset_json(folder / "dataset.json")
-    labels = _labels(described, folder / "dataset.json")
-    channels = described.get("channel_names") or described.get("modality") or {"0": "CT"}
-    if len(channels) != 1:
-        raise CaseError(
-            f"{folder / 'dataset.json'}: {len(channels)} channels {channels}; give a data set of one CT channel"
-        )
-    given = described.get("file_ending")
-    endings = (given,) if given else tuple(KINDS)
-    images, marks = (_files(folder / part, endings) for part in ("imagesTr", "labelsTr"))
-    faults, cases, used = [], [], set()
-    for name, label in marks.items():
-        image = next((key for key in (f"{name}_0000", name) if key in images), None)
-        if image is None:
-            faults.append(
-                f"{name}: {label.name} has no image; put {name}_0000{file_ending(label)} into {folder / 'imagesTr'}"
-            )
-            continue
-        used.add(image)
-        cases.append(RawCase(name, images[image], label))
-    for name in sorted(set(images) - used):
-        case, without = name.removesuffix("_0000"), images[name]
-        faults.append(
-            f"{case}: {without.name} has no label; put {case}{file_ending(without)} into {folder / 'labelsTr'}"
-        )
+    path = folder / "dataset.json"
+    described = _dataset_json(path)
+    labels, channels = parse_labels(described, path), _channels(described, path)
+    endings = _endings(described, path)
+    faults: list[str] = []
+    if "dataset" in described:
+        cases = _listed(described["dataset"], path, len(channels), faults)
+    else:
+        cases = _paired(folder, endings, channels, faults)
     expected = described.get("numTraining")
     if not faults and isinstance(expected, int) and expected != len(cases):
         faults.append(
@@ -148,12 +80,12 @@ def open_dataset(folder: Path) -> Dataset:
         raise CaseError(told(f"{folder}: {len(faults)} fault(s)", faults))
     if not cases:
         raise CaseError(f"{folder}: no case; imagesTr needs files CASE_0000{endings[0]}, labelsTr CASE{endings[0]}")
-    return Dataset(str(described.get("name", folder.name)), folder, labels, tuple(cases))
+    return Dataset(str(described.get("name", folder.name)), folder, labels, channels, tuple(cases))
 
 
 def read_labels(path: Path) -> Labels:
     """The organs that a `dataset.json` names."""
-    return _labels(_dataset_json(path), path)
+    return parse_labels(_dataset_json(path), path)
 
 
 def case_name(path: Path) -> str:
@@ -175,14 +107,96 @@ def label_files(folder: Path) -> dict[str, Path]:
     return _files(folder, KINDS)
 
 
-def told(heading: str, faults: Sequence[str]) -> str:
-    """One text of many faults, the first ones in full."""
-    rest = [f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-    return "\n  ".join([heading + ":", *faults[:_SHOWN], *rest])
+def _paired(folder: Path, endings: tuple[str, ...], channels: tuple[str, ...], faults: list[str]) -> list[RawCase]:
+    """The cases of imagesTr and labelsTr; what is missing, or too much, is added to `faults`."""
+    images, marks = (_files(folder / part, endings) for part in ("imagesTr", "labelsTr"))
+    cases: list[RawCase] = []
+    used: set[str] = set()
+    for name, label in marks.items():
+        keys = [f"{name}_{number:04d}" for number in range(len(channels))]
+        if len(channels) == 1 and keys[0] not in images and name in images:
+            keys = [name]  # without the number of its only channel
+        used.update(keys)
+        lacking = [key for key in keys if key not in images]
+        if lacking:
+            needed = ", ".join(f"{key}{file_ending(label)}" for key in lacking)
+            which = "image" if len(channels) == 1 else f"image of {len(lacking)} of {len(channels)} channels"
+            faults.append(f"{name}: {label.name} has no {which}; put {needed} into {folder / 'imagesTr'}")
+        else:
+            cases.append(RawCase(name, tuple(images[key] for key in keys), label))
+    alone: dict[str, Path] = {}
+    for key in sorted(set(images) - used):
+        numbered = _CHANNEL.fullmatch(key)
+        if numbered is not None and numbered[1] in marks:
+            faults.append(
+                f"{numbered[1]}: {images[key].name} is a channel that dataset.json does not name, it names "
+                f"{_numbered(channels)}; add it there, or take the file away"
+            )
+            continue
+        several = len(channels) > 1 and numbered is not None
+        alone.setdefault(numbered[1] if several and numbered else key.removesuffix("_0000"), images[key])
+    for case, image in alone.items():
+        faults.append(f"{case}: {image.name} has no label; put {case}{file_ending(image)} into {folder / 'labelsTr'}")
+    return cases
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")
+def _listed(table: Any, path: Path, channels: int, faults: list[str]) -> list[RawCase]:
+    """The cases of nnU-Net's table `dataset`: paths from the data set's folder, $NAMES of the environment expanded."""
+    if not isinstance(table, dict):
+        raise CaseError(f'{path}: `dataset` is no table {{CASE: {{"images": [paths], "label": path}}}}')
+    cases = []
+    for name, entry in sorted(table.items()):
+        images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        given: list[Any] = [*images, label] if isinstance(images, list) else []
+        if len(given) < 2 or not all(isinstance(one, str) for one in given):
+            faults.append(f'{name}: its entry in `dataset` is no {{"images": [paths], "label": path}}')
+            continue
+        files = [path.parent / os.path.expandvars(one) for one in given]
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            unset = " (a $NAME in it is not set)" if any("$" in str(file) for file in missing) else ""
+            faults.append(f"{name}: {', '.join(map(str, missing))} is not there{unset}; correct `dataset`")
+        elif unread := [file for file in files if not file_ending(file)]:
+            faults.append(f"{name}: {unread[0].name} is none of the kinds that are read: {', '.join(KINDS)}")
+        elif len(files) != channels + 1:
+            faults.append(
+                f"{name}: {len(files) - 1} image(s) in `dataset`, and dataset.json names {channels} channel(s)"
+            )
+        else:
+            cases.append(RawCase(str(name), tuple(files[:-1]), files[-1]))
+    return cases
+
+
+def _channels(described: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Names of the channels in the order of their numbers; one called CT holds HU."""
+    key = next((name for name in ("channel_names", "modality") if described.get(name)), "")
+    given = described[key] if key else {"0": "CT"}
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
+        raise CaseError(f'{path}: {key} is {given!r}; a table of numbers and names is needed, such as {{"0": "CT"}}')
+    names = {str(number): name for number, name in given.items()}
+    if set(names) != {str(number) for number in range(len(names))}:
+        raise CaseError(f"{path}: {key} numbers its channels {', '.join(names)}; they are numbered from 0, no gap")
+    ordered = tuple(names[str(number)] for number in range(len(names)))
+    for number, name in enumerate(ordered):
+        if name.strip().casefold() in _REFUSED:
+            raise CaseError(
+                f"{path}: {key} calls channel {number} {name!r}, a normalisation that is not supported; call it CT if "
+                "its values are HU, else by the name of the modality: each image is then brought to mean 0, deviation 1"
+            )
+    return ordered
+
+
+def _numbered(channels: Iterable[str]) -> str:
+    return ", ".join(f"{number:04d} {name}" for number, name in enumerate(channels))
+
+
+def _endings(described: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    given = described.get("file_ending")
+    if not given:
+        return tuple(KINDS)
+    if not isinstance(given, str) or not file_ending(Path("x" + str(given))):
+        raise CaseError(f"{path}: file_ending {given!r} is not read here; convert the images to {', '.join(KINDS)}")
+    return (given,)
 
 
 def _files(folder: Path, endings: Iterable[str]) -> dict[str, Path]:
@@ -202,35 +216,11 @@ def _files(folder: Path, endings: Iterable[str]) -> dict[str, Path]:
 
 def _dataset_json(path: Path) -> dict[str, Any]:
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise CaseError(f"{path} is not there; it names the labels: " + _EXAMPLE) from None
+        raise CaseError(f"{path} is not there; it names the labels: " + EXAMPLE) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as fault:
         raise CaseError(f"{path}: not JSON ({fault})") from None
     if not isinstance(described, dict) or not isinstance(described.get("labels"), dict):
-        raise CaseError(f"{path}: no table `labels`, such as {_EXAMPLE}")
+        raise CaseError(f"{path}: no table `labels`, such as {EXAMPLE}")
     return described
-
-
-_EXAMPLE = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}'
-
-
-def _labels(described: Mapping[str, Any], path: Path) -> Labels:
-    """Version 2 has name -> value or list of values, version 1 value -> name."""
-    organs: dict[str, tuple[int, ...]] = {}
-    for key, entry in described["labels"].items():
-        name, values = (entry, key) if str(key).lstrip("-").isdigit() and isinstance(entry, str) else (key, entry)
-        try:
-            numbers = tuple(int(value) for value in (values if isinstance(values, list) else [values]))
-        except (TypeError, ValueError):
-            raise CaseError(f"{path}: label {key!r}: {entry!r} is neither a number nor a list of numbers") from None
-        if str(name).lower() == "ignore":
-            raise CaseError(f"{path}: a label `ignore` is not supported; give those voxels a class or 0")
-        if not numbers or not all(0 <= number <= 255 for number in numbers):
-            raise CaseError(f"{path}: label {name!r} has value {values}; label maps are 8 bit, use 0 to 255")
-        if numbers != (0,):
-            organs[str(name)] = numbers
-    values = (0, *sorted({value for numbers in organs.values() for value in numbers} - {0}))
-    if len(values) < 2:
-        raise CaseError(f"{path}: no label beside the background, such as {_EXAMPLE}")
-    return Labels(organs, values)

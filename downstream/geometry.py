@@ -10,7 +10,7 @@ import itertools
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,11 @@ __all__ = [
     "found_at",
     "from_lps",
     "lps",
+    "place_of",
+    "planes",
     "read_labelmap",
     "read_scan",
+    "scan_of",
     "to_lps",
     "write_labelmap",
 ]
@@ -139,13 +142,10 @@ def align(array: NDArray[np.uint8], own: Place, target: Place, what: str, least:
     if not difference(own, target):
         return array
     found = np.zeros(target.size[::-1], dtype=np.uint8)
-    x, y = np.meshgrid(np.arange(target.size[0]), np.arange(target.size[1]), indexing="xy")
-    plane = np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.float64)  # [Y, X, 3]
     limit = np.array(own.size)
     touched = False
-    for z in range(target.size[2]):
-        plane[..., 2] = z
-        at = np.floor(own.index(target.position(plane)) + 0.5 - 1e-6).astype(np.int64)
+    for z, fractional in planes(own, target):
+        at = np.floor(fractional + 0.5 - 1e-6).astype(np.int64)
         inside = ((at >= 0) & (at < limit)).all(-1)
         if inside.any():
             touched = True
@@ -161,6 +161,15 @@ def align(array: NDArray[np.uint8], own: Place, target: Place, what: str, least:
             f"{what}: only {volume[1] / volume[0]:.0%} of the label's foreground lies within the image; pair them again"
         )
     return found
+
+
+def planes(own: Place, target: Place) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """For each slice of the target its number, and where its voxels lie on `own`: fractional (i, j, k) [Y, X, 3]."""
+    x, y = np.meshgrid(np.arange(target.size[0]), np.arange(target.size[1]), indexing="xy")
+    plane = np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.float64)
+    for z in range(target.size[2]):
+        plane[..., 2] = z
+        yield z, own.index(target.position(plane))
 
 
 def _middle(place: Place) -> str:
@@ -179,16 +188,20 @@ def read_labelmap(path: Path) -> LabelMap:
     low, high = array.min(), array.max()
     if low < 0 or high > 255 or (array.dtype.kind == "f" and not np.array_equal(array, np.rint(array))):
         raise CaseError(f"{path}: label values run from {low} to {high}; whole numbers from 0 to 255 are needed")
-    return LabelMap(array.astype(np.uint8), _place(grid))
+    return LabelMap(array.astype(np.uint8), place_of(grid))
 
 
 def read_scan(found: Found) -> Scan:
     """The image as every reader of this project sees it, and both grids. VolumeError: see `data_curation.volumes`."""
-    grid = load(found)
-    volume = of_grid(grid, found.source or found.path.name)
-    own = _place(grid)
+    return scan_of(load(found), found.source or found.path.name)
+
+
+def scan_of(grid: Grid, source: str) -> Scan:
+    """The same of voxels that are in memory."""
+    volume = of_grid(grid, source)
+    own = place_of(grid)
     straight = _straight(own, volume) if _is_resampled(grid) else lps(own)
-    assert straight.size == volume.hu.shape[::-1], f"{found.path}: {straight.size} is not the grid of {volume.hu.shape}"
+    assert straight.size == volume.hu.shape[::-1], f"{source}: {straight.size} is not the grid of {volume.hu.shape}"
     return Scan(volume, own, straight)
 
 
@@ -219,14 +232,15 @@ def _load(found: Found) -> Grid:
     return from_image(image)
 
 
-def _place(grid: Grid) -> Place:
+def place_of(grid: Grid) -> Place:
+    """Where the voxels of a reader's grid lie."""
     k, j, i = grid.voxels.shape
     return Place((i, j, k), grid.affine)
 
 
 def _is_resampled(grid: Grid) -> bool:
     """Whether the reader brings such a grid onto the patient's axes, instead of only turning it."""
-    own = _place(grid)
+    own = place_of(grid)
     order, _ = _order(own)
     nearest = [abs(own.affine[row, order[row]] / own.spacing[order[row]]) for row in range(3)]
     return not grid.as_acquired and float(np.degrees(np.arccos(np.clip(min(nearest), 0, 1)))) > OBLIQUE_DEGREES

@@ -1,8 +1,9 @@
-"""Cases made ready for training and kept in the run folder: int16 HU and class indices on the training grid.
+"""Cases made ready for training and kept in the run folder: int16 values and class indices on the training grid.
 
 A case is one safetensors file that holds its slices back to back, each compressed by itself: a patch costs one slice,
-however many there are. Files appear by rename; a file is used again if the settings, the image and the label (with the
-voxels beside a header) are those it was made from.
+however many there are. Files appear by rename; a file is used again if the settings, the images and the label (with the
+voxels beside a header) are those it was made from, and if what it says of itself is what was written. Each slice is
+proven when it is read. The same sources give the same bytes.
 Intensities are not normalised here: the window may be one of the data set, known only when all cases have been seen.
 """
 
@@ -10,13 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
+import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +22,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch.nn import functional
 
+from data_curation.aside import aside, sweep
 from data_curation.volumes import VolumeError
-from downstream import geometry
-from downstream.cases import CaseError, Labels, RawCase, told
-from launch.progress import progress
-from pretrain.data.window import HuWindow
+from downstream.cases import IGNORE, CaseError, Labels, RawCase, told
+from downstream.channels import ZSCORE, Channel, kind_of
+from downstream.normalisation import ct_window
+from downstream.reading import read_case, source_key
+from downstream.sharing import shared
 
-__all__ = ["Prepared", "dataset_window", "prepare", "prepare_case", "resample", "target_size"]
+__all__ = ["Prepared", "channel_windows", "prepare", "prepare_case", "resample", "target_size"]
 
-VERSION = 2  # of the files; another one makes old files be made anew
+VERSION = 3  # of the files; another one makes old files be made anew
 
 
 @dataclass(frozen=True)
 class Prepared:
     """One case: where its slices are, their spacing (z, y, x) in mm, and what is in them.
 
-    `counts` [Z, classes]: pixels of each class in each slice. `histogram`: HU -> voxels of foreground, native grid.
-    `bounds` [Z + 1]: where each slice starts and ends among the file's compressed bytes.
+    `counts` [Z, classes]: pixels of each class in each slice, without those to ignore. `histograms`: per channel HU ->
+    voxels of foreground, native grid; empty for a channel that is no CT. `bounds` [Z + 1]: where each slice starts and
+    ends among the file's compressed bytes; `proofs` [Z]: the CRC-32 of these.
     """
 
     name: str
@@ -51,117 +52,143 @@ class Prepared:
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     counts: NDArray[np.int64]
-    histogram: Mapping[int, int]
+    histograms: tuple[Mapping[int, int], ...]
     bounds: NDArray[np.int64]
+    proofs: NDArray[np.int64]
     notes: tuple[str, ...] = ()
 
     def slice(self, z: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-        """HU and class indices [Y, X] of one slice. CaseError if the file was damaged meanwhile."""
-        with safe_open(self.path, framework="np") as file:
-            return self._unpacked(file, z)
+        """Stored values [C, Y, X] and class indices [Y, X] of a slice. CaseError if the file was damaged meanwhile."""
+        return self._read([z])[0]
 
     def volume(self) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-        """HU and class indices [Z, Y, X]. CaseError if the file was damaged meanwhile."""
-        with safe_open(self.path, framework="np") as file:
-            pairs = [self._unpacked(file, z) for z in range(self.shape[0])]
-        return np.stack([hu for hu, _ in pairs]), np.stack([label for _, label in pairs])
+        """Stored values [C, Z, Y, X] and class indices [Z, Y, X]. CaseError if the file was damaged meanwhile."""
+        pairs = self._read(range(self.shape[0]))
+        return np.stack([stored for stored, _ in pairs], axis=1), np.stack([label for _, label in pairs])
 
-    def _unpacked(self, file: Any, z: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    def _read(self, chosen: Sequence[int]) -> list[tuple[NDArray[np.int16], NDArray[np.uint8]]]:
+        try:
+            with safe_open(self.path, framework="np") as file:
+                slices = file.get_slice("slices")
+                return [self._unpacked(slices, z) for z in chosen]
+        except (OSError, SafetensorError) as fault:
+            raise CaseError(f"{self.path}: cannot be read any more ({fault}); start again to make it anew") from None
+
+    def _unpacked(self, slices: Any, z: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
         import imagecodecs
 
-        pixels = self.shape[1] * self.shape[2]
-        packed = file.get_slice("slices")[int(self.bounds[z]) : int(self.bounds[z + 1])]
+        channels, pixels = len(self.histograms), self.shape[1] * self.shape[2]
+        packed = slices[int(self.bounds[z]) : int(self.bounds[z + 1])].tobytes()
         try:
-            raw = imagecodecs.deflate_decode(packed.tobytes(), out=3 * pixels)  # proves a checksum
+            if zlib.crc32(packed) != self.proofs[z]:
+                raise RuntimeError("its checksum is another one")
+            raw = imagecodecs.deflate_decode(packed, out=(2 * channels + 1) * pixels)
         except RuntimeError as fault:
             raise CaseError(f"{self.path}: slice {z} is damaged ({fault}); delete the file and start again") from None
-        hu, label = np.frombuffer(raw, np.int16, pixels), np.frombuffer(raw, np.uint8, pixels, 2 * pixels)
-        return hu.reshape(self.shape[1:]), label.reshape(self.shape[1:])
+        stored = np.frombuffer(raw, np.int16, channels * pixels).reshape(channels, *self.shape[1:])
+        return stored, np.frombuffer(raw, np.uint8, pixels, 2 * channels * pixels).reshape(self.shape[1:])
 
 
 def prepare(
-    cases: Sequence[RawCase], labels: Labels, spacing: float | None, folder: Path, workers: int = 0, active: bool = True
+    cases: Sequence[RawCase],
+    labels: Labels,
+    spacing: float | None,
+    folder: Path,
+    workers: int = 0,
+    active: bool = True,
+    channels: Sequence[str] = ("CT",),
 ) -> list[Prepared]:
     """All cases, in order. Whatever is wrong with any of them is told together, as a CaseError.
 
-    `spacing` is the in-plane mm to resample to, or None; `workers` processes share the cases (0: this one does them).
+    `spacing` is the in-plane mm to resample to, or None; `workers` processes share the cases (0: this one does them);
+    `channels` are the names of the images of a case.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    one = partial(_try, labels=labels, spacing=spacing, folder=folder)
-    if workers > 1 and len(cases) > 1:
-        with ProcessPoolExecutor(min(workers, len(cases)), mp_context=get_context("spawn")) as pool:
-            results = list(progress(pool.map(one, cases), len(cases), "prepare", "cases", active))
-    else:
-        results = [one(case) for case in progress(cases, len(cases), "prepare", "cases", active)]
+    one = partial(_try, labels=labels, spacing=spacing, folder=folder, channels=channels)
+    results = shared(one, cases, [case.name for case in cases], max(workers, 1), "prepare", active)
     faults = [result for result in results if isinstance(result, str)]
     if faults:
         raise CaseError(told(f"{len(faults)} of {len(cases)} cases cannot be used", faults))
     return [result for result in results if isinstance(result, Prepared)]
 
 
-def _try(case: RawCase, labels: Labels, spacing: float | None, folder: Path) -> Prepared | str:
+def _try(case: RawCase, labels: Labels, spacing: float | None, folder: Path, channels: Sequence[str]) -> Prepared | str:
     try:
-        return prepare_case(case, labels, spacing, folder)
+        return prepare_case(case, labels, spacing, folder, channels)
     except CaseError as fault:
         return str(fault)
+    except MemoryError:
+        return f"{case.name}: more memory needed than there is; use fewer processes"
     except (VolumeError, OSError) as fault:
-        return f"{case.name}: {case.image}: {fault}"
+        return str(fault) if isinstance(fault, VolumeError) else f"{case.name}: {fault}"
 
 
-def prepare_case(case: RawCase, labels: Labels, spacing: float | None, folder: Path) -> Prepared:
+def prepare_case(
+    case: RawCase, labels: Labels, spacing: float | None, folder: Path, channels: Sequence[str] = ("CT",)
+) -> Prepared:
     """One case from its files, or from `folder` where it lies ready. CaseError, VolumeError: what is wrong with it."""
-    key = _key(case, labels, spacing)
+    key = source_key(case, VERSION, list(labels.values), labels.ignore, list(channels), spacing)
     path = folder / f"{case.name}.safetensors"
     ready = _ready(case.name, path, key)
     if ready is not None:
         return ready
-    scan = geometry.read_scan(geometry.found_at(case.image))
-    label = geometry.read_labelmap(case.label)
-    classes = _classes(case, labels, label.array)
-    turned = geometry.to_lps(classes, label.place)
-    own = geometry.lps(label.place)
-    classes = geometry.align(turned, own, scan.place, f"{case.name}: {case.label.name}")
-    hu = scan.volume.hu
-    histogram = _histogram(hu[classes > 0])
-    size = target_size(hu.shape[1:], scan.volume.spacing[1:], spacing)
-    z, y, x = scan.volume.spacing
-    spaced = (z, y * hu.shape[1] / size[0], x * hu.shape[2] / size[1])
-    hu, classes = resample(hu, size), _nearest(classes, size)
-    counts = np.stack([np.bincount(plane.ravel(), minlength=len(labels.values)) for plane in classes]).astype(np.int64)
-    notes = list(scan.volume.notes)
-    if geometry.difference(own, scan.place):
-        notes.append("the label lies on another grid: nearest voxel by position")
-    about = {"key": key, "shape": hu.shape, "spacing": spaced, "notes": notes, "histogram": list(histogram.items())}
-    bounds = _write(path, hu, classes, counts, about)
-    return Prepared(case.name, path, hu.shape, spaced, counts, histogram, bounds, tuple(notes))
+    sweep(folder, path.name)
+    read = read_case(case, channels)
+    classes = _classes(case, labels, read.label)
+    inside = (classes > 0) & (classes != IGNORE)
+    ct = [kind_of(name) == "ct" for name in channels]
+    histograms = [_histogram(values[inside]) if is_ct else {} for values, is_ct in zip(read.stored, ct, strict=True)]
+    z, y, x = read.spacing
+    rows, columns = read.stored.shape[2:]
+    size = target_size((rows, columns), (y, x), spacing)
+    spaced = (z, y * rows / size[0], x * columns / size[1])
+    planes, classes = [resample(values, size) for values in read.stored], _nearest(classes, size)
+    count = len(labels.values)
+    counts = np.stack([np.bincount(plane.ravel(), minlength=IGNORE + 1)[:count] for plane in classes]).astype(np.int64)
+    about = {
+        "key": key,
+        "shape": classes.shape,
+        "spacing": spaced,
+        "notes": read.notes,
+        "histograms": [list(one.items()) for one in histograms],
+    }
+    _write(path, planes, classes, counts, about)
+    made = _ready(case.name, path, key)
+    assert made is not None, f"{path} was written just now"
+    return made
 
 
 def _write(
-    path: Path, hu: NDArray[np.int16], classes: NDArray[np.uint8], counts: NDArray[np.int64], about: Mapping[str, Any]
-) -> NDArray[np.int64]:
-    """The bounds of the slices in the file, which appears whole or not at all."""
+    path: Path,
+    planes: Sequence[NDArray[np.int16]],
+    classes: NDArray[np.uint8],
+    counts: NDArray[np.int64],
+    about: Mapping[str, Any],
+) -> None:
+    """The file, which appears whole or not at all."""
     import imagecodecs
 
     packed = [
-        imagecodecs.deflate_encode(plane.tobytes() + label.tobytes(), 4)
-        for plane, label in zip(hu, classes, strict=True)
+        imagecodecs.deflate_encode(b"".join([*(plane[z].tobytes() for plane in planes), classes[z].tobytes()]), 4)
+        for z in range(len(classes))
     ]
     bounds = np.cumsum([0, *map(len, packed)], dtype=np.int64)
-    tensors = {"bounds": bounds, "counts": counts, "slices": np.frombuffer(b"".join(packed), np.uint8)}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, aside, {"about": json.dumps(about)})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return bounds
+    proofs = np.array([zlib.crc32(one) for one in packed], np.int64)
+    text = json.dumps({**about, "proof": _proof(about, counts, bounds, proofs)})
+    tensors = {
+        "bounds": bounds,
+        "counts": counts,
+        "proofs": proofs,
+        "slices": np.frombuffer(b"".join(packed), np.uint8),
+    }
+    with aside(path) as file:
+        file.write(save(tensors, {"about": text}))
 
 
-def _key(case: RawCase, labels: Labels, spacing: float | None) -> str:
-    paths = [path for one in (case.image, case.label) for path in geometry.found_at(one).files]
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    text = json.dumps([VERSION, files, list(labels.values), spacing])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _proof(about: Mapping[str, Any], *arrays: NDArray[np.int64]) -> str:
+    """Of all in a file but the slices, which have proofs of their own."""
+    parts = [json.dumps(about).encode(), *(array.tobytes() for array in arrays)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
 def _ready(name: str, path: Path, key: str) -> Prepared | None:
@@ -171,27 +198,32 @@ def _ready(name: str, path: Path, key: str) -> Prepared | None:
     try:
         with safe_open(path, framework="np") as file:
             about = json.loads(file.metadata()["about"])
-            bounds, counts = file.get_tensor("bounds"), file.get_tensor("counts")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # a damaged file is made again
+            bounds, counts, proofs = (file.get_tensor(part) for part in ("bounds", "counts", "proofs"))
+            size = file.get_slice("slices").get_shape()
+        proof = about.pop("proof")
+        if proof != _proof(about, counts, bounds, proofs) or about["key"] != key or size != [int(bounds[-1])]:
+            return None
+        histograms = tuple({int(value): int(count) for value, count in one} for one in about["histograms"])
+        shape, spacing = tuple(about["shape"]), tuple(about["spacing"])
+        return Prepared(name, path, shape, spacing, counts, histograms, bounds, proofs, tuple(about["notes"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):  # damaged: made again
         return None
-    if about["key"] != key:
-        return None
-    histogram = {int(value): int(count) for value, count in about["histogram"]}
-    shape, spacing = tuple(about["shape"]), tuple(about["spacing"])
-    return Prepared(name, path, shape, spacing, counts, histogram, bounds, tuple(about["notes"]))
 
 
 def _classes(case: RawCase, labels: Labels, array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Label values -> class indices."""
+    """Label values -> class indices, IGNORE where the label says so."""
     present = np.flatnonzero(np.bincount(array.ravel(), minlength=256)).tolist()
-    unknown = sorted(set(present) - set(labels.values))
+    unknown = sorted(set(present) - {*labels.values, labels.ignore})
     if unknown:
         raise CaseError(
             f"{case.name}: {case.label.name} holds label value(s) {unknown[:5]}, dataset.json knows "
-            f"{list(labels.values)}; name them there, or correct the label"
+            f"{[*labels.values, *([] if labels.ignore is None else [labels.ignore])]}; name them there, or correct the "
+            "label"
         )
     table = np.zeros(256, dtype=np.uint8)
     table[list(labels.values)] = np.arange(len(labels.values))
+    if labels.ignore is not None:
+        table[labels.ignore] = IGNORE
     return table[array]
 
 
@@ -231,21 +263,11 @@ def _histogram(values: NDArray[np.int16]) -> dict[int, int]:
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
-def dataset_window(cases: Sequence[Prepared]) -> HuWindow:
-    """nnU-Net's CT normalisation: cut to the 0.5 and 99.5 percentiles of foreground HU, mean to 0, deviation to 1.
-
-    Exact, over every foreground voxel of the given cases at their native grid (nnU-Net draws 10,000 a case).
-    """
-    total: dict[int, int] = {}
-    for case in cases:
-        for value, count in case.histogram.items():
-            total[value] = total.get(value, 0) + count
-    if not total:
-        raise CaseError("no training case has any foreground; use normalisation=pretraining, or check the labels")
-    values = np.array(sorted(total), dtype=np.float64)
-    counts = np.array([total[int(value)] for value in values], dtype=np.float64)
-    ranks = np.cumsum(counts)
-    low, high = (float(values[np.searchsorted(ranks, share * ranks[-1])]) for share in (0.005, 0.995))
-    mean = float(values @ counts / ranks[-1])
-    std = math.sqrt(float((values - mean) ** 2 @ counts / ranks[-1]))
-    return HuWindow(low=low, high=max(high, low + 1), mean=mean, std=max(std, 1.0))
+def channel_windows(cases: Sequence[Prepared], channels: Sequence[str]) -> tuple[Channel, ...]:
+    """How each channel is normalised: CT by the window of these cases' foreground, others image by image."""
+    made = []
+    for number, name in enumerate(channels):
+        kind = kind_of(name)
+        window = ct_window(case.histograms[number] for case in cases) if kind == "ct" else ZSCORE
+        made.append(Channel(name=name, kind=kind, window=window))
+    return tuple(made)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_curation.catalogue import CATALOGUE
 from data_curation.folds import fold_of
 from downstream.cases import CaseError, Split, case_name, open_dataset, split
-from downstream.prepared import dataset_window, prepare, prepare_case, resample, target_size
+from downstream.prepared import channel_windows, prepare, prepare_case, resample, target_size
 
 V2 = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "tumour": 2}, "file_ending": ".nii.gz"}
 
@@ -89,11 +89,11 @@ def test_every_missing_file_is_told_at_once(folder: Path) -> None:
     [
         ({"numTraining": 9}, "numTraining 9, the folder has 3"),
         ({"labels": {"background": 0}}, "no label beside the background"),
-        ({"labels": {"background": 0, "ignore": 9}}, "ignore"),
+        ({"labels": {"background": 0, "ignore": 9}}, "no label beside"),
         ({"labels": {"liver": 300}}, "'liver' has value 300"),
         ({"labels": {"liver": "one"}}, "neither a number"),
         ({"labels": ["liver"]}, "no table `labels`"),
-        ({"channel_names": {"0": "CT", "1": "PET"}}, "2 channels"),
+        ({"channel_names": {"0": "CT", "1": "PET"}}, "no image of 1 of 2 channels; put case_0_0001.nii.gz"),
         ({"file_ending": ".mha"}, r"no case; imagesTr needs files CASE_0000\.mha"),
     ],
 )
@@ -143,12 +143,12 @@ def test_preparing_keeps_hu_and_classes(folder: Path, tmp_path: Path) -> None:
     dataset = open_dataset(folder)
     case = prepare_case(dataset.cases[0], dataset.labels, None, tmp_path)
     found_hu, found_label = case.volume()
-    assert np.array_equal(found_hu, hu)
+    assert np.array_equal(found_hu[0], hu)
     assert np.array_equal(found_label, label), "7 is class 2"
     assert case.spacing == (4.0, 2.0, 1.0)
     assert np.array_equal(case.counts.sum(0), np.bincount(label.ravel()))
-    assert np.array_equal(case.slice(3)[0], hu[3])
-    assert sum(case.histogram.values()) == np.count_nonzero(label)
+    assert np.array_equal(case.slice(3)[0][0], hu[3])
+    assert sum(case.histograms[0].values()) == np.count_nonzero(label)
 
 
 def test_a_label_in_another_order_and_grid_is_brought_over(folder: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_the_cache_is_used_checked_and_repaired(folder: Path, tmp_path: Path) ->
     when = {case.name: case.path.stat().st_mtime_ns for case in first}
     again = prepare(dataset.cases, dataset.labels, None, tmp_path, active=False)
     assert {case.name: case.path.stat().st_mtime_ns for case in again} == when
-    assert [(c.shape, c.spacing, c.histogram) for c in again] == [(c.shape, c.spacing, c.histogram) for c in first]
+    assert [(c.shape, c.spacing, c.histograms) for c in again] == [(c.shape, c.spacing, c.histograms) for c in first]
     first[0].path.write_bytes(first[0].path.read_bytes()[:500])
     write(folder / "labelsTr/case_1.nii.gz", np.zeros((6, 20, 16), np.uint8))
     after = prepare(dataset.cases, dataset.labels, None, tmp_path, active=False)
@@ -194,14 +194,14 @@ def test_new_voxels_beside_an_old_header_are_seen(folder: Path, tmp_path: Path) 
             (header.parent / voxels).write_bytes(arrays(0)[0].tobytes())
         (case,) = [one for one in open_dataset(folder).cases if one.name == "case_0"]
         labels = open_dataset(folder).labels
-        assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0], arrays(0)[0])
+        assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0][0], arrays(0)[0])
         shutil.copy2(header, tmp_path / "header")
         if not text:
             write(header, arrays(1)[0])
         else:
             (header.parent / voxels).write_bytes(arrays(1)[0].tobytes())
         shutil.copy2(tmp_path / "header", header)  # with its time
-        assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0], arrays(1)[0])
+        assert np.array_equal(prepare_case(case, labels, None, tmp_path).volume()[0][0], arrays(1)[0])
 
 
 def test_a_slice_damaged_after_the_start_is_named(folder: Path, tmp_path: Path) -> None:
@@ -211,14 +211,15 @@ def test_a_slice_damaged_after_the_start_is_named(folder: Path, tmp_path: Path) 
     start = raw.index(raw[-int(case.bounds[-1]) :]) + int(case.bounds[3])
     raw[start + 20] ^= 1
     case.path.write_bytes(raw)
-    assert np.array_equal(case.slice(2)[0], arrays(0)[0][2])
+    assert np.array_equal(case.slice(2)[0][0], arrays(0)[0][2])
     with pytest.raises(CaseError, match=r"case_0\.safetensors: slice 3 is damaged"):
         case.slice(3)
 
 
 def test_the_dataset_window_is_nnunets(folder: Path, tmp_path: Path) -> None:
     dataset = open_dataset(folder)
-    window = dataset_window(prepare(dataset.cases, dataset.labels, None, tmp_path, active=False))
+    (channel,) = channel_windows(prepare(dataset.cases, dataset.labels, None, tmp_path, active=False), ["CT"])
+    window = channel.window
     values = np.concatenate([arrays(seed)[0][arrays(seed)[1] > 0] for seed in range(3)]).astype(float)
     assert window.mean == pytest.approx(values.mean())
     assert window.std == pytest.approx(values.std())
