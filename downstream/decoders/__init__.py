@@ -38,7 +38,10 @@ class Taps(Settings):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of [B, C, H, W], each position by itself."""
+    """Layer norm over the channels of [B, C, H, W], each position by itself; epsilon is that of MedDINOv3's decoder."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
 
     def forward(self, maps: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
