@@ -11,7 +11,7 @@ import torch
 
 from data_curation import phantom
 from downstream import finetune
-from downstream.inference import Window, predict_slices
+from downstream.inference import head_scores
 from downstream.model import load_model
 from pretrain import export
 from pretrain.data.window import HuWindow
@@ -58,9 +58,9 @@ def test_three_windows_reach_the_segmentation_model(
     assert finetune.main(settings(tmp_path, backbone)).ok
     assert "HU -1350 to 150, -600.0 becomes 0 and 300.0 one; HU -160 to 240" in capsys.readouterr().out
     model, header = load_model(tmp_path / "run" / "model.safetensors")
-    assert header.window == THREE
+    assert header.channels[0].window == THREE
     hu = np.random.default_rng(0).integers(-900, 900, (2, 32, 32)).astype(np.int16)
-    got = predict_slices(model, header.window, 32, hu, Window())
+    ((_, got),) = head_scores(model, header, hu[None], 5.0)
     with torch.no_grad():
         assert torch.allclose(got, model(THREE.image(torch.from_numpy(hu))), atol=1e-5)
 
@@ -73,9 +73,9 @@ def test_a_slice_smaller_than_the_patch_stands_in_air(tmp_path: Path, backbone: 
     hu = np.random.default_rng(0).integers(-900, 900, (1, *shape)).astype(np.int16)
     grown = [max(0, 32 - side) for side in shape]
     pads = [(0, 0), *((more // 2, more - more // 2) for more in grown)]
-    whole = predict_slices(model, header.window, 32, np.pad(hu, pads, constant_values=-1000), Window())
+    ((_, whole),) = head_scores(model, header, np.pad(hu, pads, constant_values=-1000)[None], 5.0)
     (_, (top, _), (left, _)) = pads
-    got = predict_slices(model, header.window, 32, hu, Window())
+    ((_, got),) = head_scores(model, header, hu[None], 5.0)
     assert got.shape[-2:] == shape
     assert torch.equal(got, whole[..., top : top + shape[0], left : left + shape[1]])
 

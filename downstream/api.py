@@ -1,0 +1,126 @@
+"""A trained model as a function of an image, for use in other programs: `from downstream import load`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_curation.finding import KINDS
+from data_curation.grid import Grid, from_image
+from data_curation.volumes import Found, VolumeError, find
+from downstream.cases import CaseError, file_ending
+from downstream.dicom_seg import misplaced, series_slices
+from downstream.ensemble import Ensemble, load_models
+from downstream.geometry import Place, found_at
+from downstream.images import image_of, read_image
+from downstream.inference import Window
+from downstream.predicting import label_image
+
+__all__ = ["Segmenter", "load"]
+
+
+def load(
+    model: str | Path | Sequence[str | Path], device: str = "auto", window: Window | None = None, **changes: Any
+) -> Segmenter:
+    """The model behind a `model.safetensors`, a run folder, a folder of folds, or several of them.
+
+    `changes` are settings of the window: `load(path, mirror=True, memory_gib=1)`. ModelError: no such model, or a
+    damaged one.
+    """
+    files = Path(model) if isinstance(model, str | Path) else [Path(one) for one in model]
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    given = (window or Window()).model_dump() | changes
+    return Segmenter(load_models(files, chosen), Window.model_validate(given))
+
+
+class Segmenter:
+    """`mask = model(image)`."""
+
+    def __init__(self, ensemble: Ensemble, window: Window) -> None:
+        self.ensemble = ensemble
+        self.window = window
+
+    @property
+    def organs(self) -> dict[str, tuple[int, ...]]:
+        """Name -> its values in the label map, several for a region."""
+        return dict(self.ensemble.labels.organs)
+
+    def __call__(self, image: Any, *, spacing: Sequence[float] | None = None) -> Any:
+        """The label map of a scan.
+
+        A path (a file, or the folder of one DICOM series) or a three-dimensional SimpleITK.Image gives an image of
+        SimpleITK (uint8) with the geometry of what was given. A NumPy array of HU [Z, Y, X] (z foot to head, y front to
+        back, x right to left of the patient) with its `spacing` (z, y, x) in mm gives an array [Z, Y, X], uint8. Of a
+        model of several channels give as many of them, in its order; the first one's geometry counts.
+
+        VolumeError, CaseError (both ValueError): it cannot be used; the text says why.
+        """
+        channels = self.ensemble.headers[0].channels
+        given = list(image) if isinstance(image, list | tuple) else [image]
+        kinds, names = [channel.kind for channel in channels], [channel.name for channel in channels]
+        if len(given) != len(names):
+            raise CaseError(f"{len(given)} image(s) for a model of {len(names)} channel(s): {', '.join(names)}")
+        what = "image"
+        if isinstance(given[0], str | Path):
+            founds = [_found(Path(path)) for path in given]
+            read, what = read_image(founds, kinds, names), str(given[0])
+            if founds[0].kind == "dicom" and (
+                reason := misplaced(series_slices(founds[0], read.scan.own), read.scan.own)
+            ):
+                raise VolumeError("misplaced", f"{what}: {reason.replace('use', 'use axial predict with')}")
+        else:
+            read = image_of([_grid(one, spacing) for one in given], kinds, names)
+        array = label_image(self.ensemble, read, self.window, what)
+        return array if isinstance(given[0], np.ndarray) else _as_image(array, read.scan.own, given[0])
+
+
+def _found(path: Path) -> Found:
+    """The one image at a path."""
+    if path.is_file() and file_ending(path).lower() in KINDS:
+        return found_at(path)
+    if path.is_file():  # perhaps a multi-frame DICOM file
+        several = [found for found in find(path.parent) if found.files == (path,)]
+    elif path.is_dir():
+        several = list(find(path))
+    else:
+        raise CaseError(f"{path} is not there")
+    usable = [found for found in several if not found.reason] or several
+    if len(usable) != 1:
+        named = ", ".join(found.source or found.path.name for found in usable[:5])
+        raise CaseError(f"{path} holds {len(usable)} images ({named or 'none'}); give one, or use `axial predict`")
+    return usable[0]
+
+
+def _grid(image: Any, spacing: Sequence[float] | None) -> Grid:
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.dtype.kind not in "iuf" or 0 in image.shape:
+            raise CaseError(f"an array {image.shape} of {image.dtype}: numbers [Z, Y, X] in HU are needed")
+        if spacing is None or len(spacing) != 3 or not all(0 < side < np.inf for side in spacing):
+            raise CaseError(f"spacing={spacing}: an array needs its spacing=(z, y, x) in mm")
+        z, y, x = (float(side) for side in spacing)
+        return Grid(image, np.column_stack([np.diag([x, y, z]), np.zeros(3)]))
+    if spacing is not None:
+        raise CaseError("spacing= is for arrays; this image has its own")
+    if not hasattr(image, "GetNumberOfComponentsPerPixel"):
+        raise CaseError(f"{type(image).__name__}: a path, a SimpleITK.Image or a NumPy array is needed")
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise CaseError(f"an image of size {image.GetSize()}: one value a voxel in three dimensions is needed")
+    return from_image(image)
+
+
+def _as_image(array: Any, place: Place, given: Any) -> Any:
+    """A SimpleITK.Image; `given`'s geometry to the last digit where that is one itself."""
+    import SimpleITK as sitk
+
+    made = sitk.GetImageFromArray(np.ascontiguousarray(array))
+    if isinstance(given, sitk.Image):
+        made.CopyInformation(given)
+        return made
+    made.SetSpacing(place.spacing)
+    made.SetOrigin(place.affine[:, 3].tolist())
+    made.SetDirection((place.affine[:, :3] / place.spacing).ravel().tolist())
+    return made
