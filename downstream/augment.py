@@ -1,14 +1,16 @@
 """Cuts a training patch out of a slice and distorts it: nnU-Net's 2D recipe, from the sample's own random numbers.
 
 Cut, rotation, scaling and mirroring are one sampling of the slice, so a patch is interpolated at most once, and not at
-all when it is neither turned nor scaled. Intensities are changed after normalisation (z-scores), as in nnU-Net.
+all when it is neither turned nor scaled. Intensities are changed after normalisation (z-scores), as in nnU-Net, by
+MONAI's transforms.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +21,12 @@ from torch.nn import functional
 
 from launch import settings as base
 
-__all__ = ["Augmentation", "Placement", "cut", "distort", "off", "place"]
+__all__ = ["Augmentation", "Placement", "cut_image", "cut_label", "distort", "off", "place"]
 
 Range = tuple[float, float]
+Number = TypeVar("Number", bound=np.generic)
+
+AIR = -1000.0  # what lies outside of an image: HU, and of other channels one deviation below the mean
 
 
 def _probability(default: float, what: str) -> float:
@@ -59,6 +64,11 @@ class Augmentation(base.Settings):
         if not 0 < limits[0] <= limits[1] < math.inf:
             raise ValueError(f"needs 0 < low <= high, got [{limits[0]:g}, {limits[1]:g}]")
         return limits
+
+    @property
+    def blur_reach(self) -> int:
+        """px beyond which the widest blur sees nothing."""
+        return math.ceil(4 * self.blur_sigma[1])
 
 
 def off() -> Augmentation:
@@ -118,60 +128,73 @@ def _moved(where: Placement, size: int, focus: tuple[int, int]) -> Placement:
     return replace(where, centre=(focus[0] + 0.5 - back[0], focus[1] + 0.5 - back[1]))
 
 
-def cut(image: NDArray[np.int16], label: NDArray[np.uint8], size: int, where: Placement) -> tuple[Tensor, Tensor]:
-    """Slice [Y, X] -> HU fp32 [size, size], bilinear, and label int64, nearest. Outside there is air, background."""
+def cut_image(image: NDArray[np.int16], size: int, where: Placement) -> Tensor:
+    """Stored values [Y, X] -> fp32 [size, size], bilinear. Outside there is air."""
     if where.plain:
-        top, left = (math.floor(middle - size / 2 + 0.5) for middle in where.centre)
-        hu, classes = np.full((size, size), -1000, np.float32), np.zeros((size, size), np.int64)
-        ys, xs = (
-            slice(max(0, start), min(start + size, side)) for start, side in zip((top, left), image.shape, strict=True)
-        )
-        if ys.stop > ys.start and xs.stop > xs.start:
-            to = (slice(ys.start - top, ys.stop - top), slice(xs.start - left, xs.stop - left))
-            hu[to], classes[to] = image[ys, xs], label[ys, xs]
-        pair = torch.from_numpy(hu), torch.from_numpy(classes)
-    else:
-        pair = _sample(image, label, size, where)
-    axes = [axis for axis, mirrored in enumerate(where.mirror) if mirrored]
-    return (pair[0].flip(axes), pair[1].flip(axes)) if axes else pair
+        return _flipped(torch.from_numpy(_shifted(image.astype(np.float32), size, where, AIR)), where)
+    lifted = torch.from_numpy(image.astype(np.float32)) - AIR  # so that what lies outside, 0, is air
+    return _flipped(_sampled(lifted, size, where, "bilinear") + AIR, where)
 
 
-def _sample(image: NDArray[np.int16], label: NDArray[np.uint8], size: int, where: Placement) -> tuple[Tensor, Tensor]:
+def cut_label(label: NDArray[np.uint8], size: int, where: Placement) -> Tensor:
+    """Class indices [Y, X] -> int64 [size, size], nearest. Outside there is background."""
+    if where.plain:
+        return _flipped(torch.from_numpy(_shifted(label.astype(np.int64), size, where, 0)), where)
+    return _flipped(_sampled(torch.from_numpy(label.astype(np.float32)), size, where, "nearest").long(), where)
+
+
+def _shifted(plane: NDArray[Number], size: int, where: Placement, outside: float) -> NDArray[Number]:
+    top, left = (math.floor(middle - size / 2 + 0.5) for middle in where.centre)
+    found = np.full((size, size), outside, plane.dtype)
+    ys, xs = (
+        slice(max(0, start), min(start + size, side)) for start, side in zip((top, left), plane.shape, strict=True)
+    )
+    if ys.stop > ys.start and xs.stop > xs.start:
+        found[ys.start - top : ys.stop - top, xs.start - left : xs.stop - left] = plane[ys, xs]
+    return found
+
+
+def _sampled(plane: Tensor, size: int, where: Placement, mode: str) -> Tensor:
     steps = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) / where.scale
     dy, dx = torch.meshgrid(steps, steps, indexing="ij")
     cosine, sine = math.cos(where.angle), math.sin(where.angle)
     y = where.centre[0] + cosine * dy - sine * dx  # px from the slice's outer edge
     x = where.centre[1] + sine * dy + cosine * dx
-    grid = torch.stack([2 * x / image.shape[1] - 1, 2 * y / image.shape[0] - 1], dim=-1)[None]
-    hu = torch.from_numpy(image.astype(np.float32)) + 1000  # so that what lies outside, 0, is air
-    classes = torch.from_numpy(label.astype(np.float32))
-    sampled = functional.grid_sample(hu[None, None], grid, mode="bilinear", align_corners=False)[0, 0] - 1000
-    nearest = functional.grid_sample(classes[None, None], grid, mode="nearest", align_corners=False)[0, 0]
-    return sampled, nearest.long()
+    grid = torch.stack([2 * x / plane.shape[1] - 1, 2 * y / plane.shape[0] - 1], dim=-1)[None]
+    return functional.grid_sample(plane[None, None], grid, mode=mode, align_corners=False)[0, 0]
 
 
-def distort(patch: Tensor, rng: np.random.Generator, settings: Augmentation) -> Tensor:
-    """Intensity changes of one normalised patch [H, W] fp32, in nnU-Net's order."""
-    chance = rng.random(7)
-    amount = rng.random(7)
+def _flipped(patch: Tensor, where: Placement) -> Tensor:
+    axes = [axis for axis, mirrored in enumerate(where.mirror) if mirrored]
+    return patch.flip(axes) if axes else patch
+
+
+def distort(patch: Tensor, rng: np.random.Generator, settings: Augmentation, plane: int = 0) -> Tensor:
+    """Intensity changes of one normalised patch [H, W] fp32, in nnU-Net's order.
+
+    Slices that are seen together are given the same `rng` and their numbers as `plane`: only noise is each one's own.
+    """
+    from monai.transforms import AdjustContrast, GaussianSmooth, ScaleIntensityFixedMean  # seconds to import
+
+    chance, amount = rng.random(7), rng.random(7)
     if chance[0] < settings.noise_p:
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        generator = torch.Generator().manual_seed((int(rng.integers(2**62)) + plane) % 2**62)
         patch = patch + torch.randn(patch.shape, generator=generator) * math.sqrt(settings.noise_variance * amount[0])
     if chance[1] < settings.blur_p:
-        patch = _blur(patch, _within(settings.blur_sigma, amount[1]))
+        patch = _plain(GaussianSmooth(_within(settings.blur_sigma, amount[1])), patch, settings.blur_reach)
     if chance[2] < settings.brightness_p:
         patch = patch * _within(settings.brightness, amount[2])
     if chance[3] < settings.contrast_p:
-        mean, low, high = patch.mean(), patch.min(), patch.max()
-        patch = ((patch - mean) * _within(settings.contrast, amount[3]) + mean).clamp(low, high)
+        patch = _plain(ScaleIntensityFixedMean(_within(settings.contrast, amount[3]) - 1, preserve_range=True), patch)
     if chance[4] < settings.coarse_p:
         small = [max(1, round(side * _within(settings.coarse, amount[4]))) for side in patch.shape]
         shrunk = functional.interpolate(patch[None, None], size=small, mode="nearest-exact")
         patch = functional.interpolate(shrunk, size=patch.shape, mode="bicubic", align_corners=False)[0, 0]
     if chance[5] < settings.invert_gamma_p:
-        patch = -_gamma(-patch, _within(settings.gamma, amount[5]))
+        exponent = _within(settings.gamma, amount[5])
+        patch = _plain(AdjustContrast(exponent, invert_image=True, retain_stats=True), patch)
     if chance[6] < settings.gamma_p:
-        patch = _gamma(patch, _within(settings.gamma, amount[6]))
+        patch = _plain(AdjustContrast(_within(settings.gamma, amount[6]), retain_stats=True), patch)
     return patch
 
 
@@ -179,17 +202,8 @@ def _within(limits: Range, share: float) -> float:
     return limits[0] + (limits[1] - limits[0]) * float(share)
 
 
-def _gamma(patch: Tensor, exponent: float) -> Tensor:
-    """Bends the range to its power, then restores mean and spread."""
-    low, span = patch.min(), (patch.max() - patch.min()).clamp(min=1e-7)
-    mean, std = patch.mean(), patch.std()
-    bent = ((patch - low) / span) ** exponent * span + low
-    return (bent - bent.mean()) / bent.std().clamp(min=1e-7) * std + mean
-
-
-def _blur(patch: Tensor, sigma: float) -> Tensor:
-    reach = max(1, math.ceil(3 * sigma))
-    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    weights = (weights / weights.sum())[None, None]
-    padded = functional.pad(patch[None, None], (reach,) * 4, mode="replicate")
-    return functional.conv2d(functional.conv2d(padded, weights[..., None]), weights[:, :, None])[0, 0]
+def _plain(transform: Callable[[Tensor], Tensor], patch: Tensor, reach: int = 0) -> Tensor:
+    """One of MONAI's transforms on [H, W]; it sees `reach` px more on each side, like those at the border."""
+    padded = functional.pad(patch[None], (reach,) * 4, mode="replicate") if reach else patch[None]
+    changed = torch.as_tensor(transform(padded)).as_subclass(Tensor)[0]
+    return changed[reach : changed.shape[0] - reach, reach : changed.shape[1] - reach]

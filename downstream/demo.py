@@ -70,14 +70,17 @@ def main(settings: Settings) -> Outcome:
     model = runs / "finetune" / "model.safetensors"
     predictions, scores = root / "predictions", root / "scores"
     _axial("predict", f"model={model}", f"images={labelled / 'imagesTs'}", f"folder={predictions}")
-    _axial("evaluate", f"predictions={predictions}", f"labels={labelled / 'labelsTs'}", f"folder={scores}")
+    scans, truth = labelled / "imagesTs", labelled / "labelsTs"
+    _axial(
+        "evaluate", f"predictions={predictions}", f"labels={truth}", f"images={scans}", f"folder={scores}", "workers=1"
+    )
     picture = _picture(root, labelled, predictions, backbone)
     dice = _dice(scores)
     print(f"\nDice on {settings.held_out} patients that no step has seen, after {time.monotonic() - start:.0f} s:")
     for organ, value in dice.items():
         print(f"  {organ:<20}{value:.3f}  {'#' * round(40 * value)}")
     print(f"  {'mean':<20}{np.mean(list(dice.values())):.3f}")
-    made = (str(picture), str(corpus / "report.html"), str(model), f"{scores}/")
+    made = (str(picture), str(corpus / "report.html"), str(model), str(scores / "scores.html"))
     return Outcome(made=made, next=(f"axial status folder={root}", "axial curate --help, with your own CT folders"))
 
 

@@ -1,4 +1,4 @@
-"""Segmentation as a method of the training loop: Dice and cross entropy over patches drawn from prepared cases.
+"""Segmentation as a method of the training loop, over patches drawn from prepared cases.
 
 Batch `step` is a function of (seed, step) alone, whatever the number of ranks, workers or restarts.
 """
@@ -14,17 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from downstream.augment import Augmentation, cut, distort, place
+from downstream import tuning
+from downstream.augment import Augmentation, Placement, cut_image, cut_label, distort, place
+from downstream.cases import Labels
+from downstream.channels import Channel
+from downstream.context import Context, neighbours
+from downstream.losses import SegmentationLoss
 from downstream.model import SegmentationModel
 from downstream.prepared import Prepared
 from launch import settings as base
 from launch.distributed import World
-from pretrain.data.window import HuWindow
 
-__all__ = ["PatchSettings", "Patches", "Segmentation", "batches", "parameter_groups", "sample"]
+__all__ = ["PatchSettings", "Patches", "Segmentation", "Source", "batches", "parameter_groups", "sample"]
 
 
 class PatchSettings(base.Settings):
@@ -43,8 +48,8 @@ class PatchSettings(base.Settings):
 class Patches:
     """One rank's part of a batch."""
 
-    images: Tensor  # [B, C, P, P] fp32, normalised; a channel for each HU window
-    labels: Tensor  # [B, P, P] int64, class indices
+    images: Tensor  # [B, n, P, P] fp32, normalised; with neighbours [B, S, n, P, P]
+    labels: Tensor  # [B, P, P] int64, class indices and IGNORE
     keys: tuple[str, ...]  # case and slice of each
     replaced: tuple[str, ...] = ()  # nothing ever is: a case that cannot be read ends the run
 
@@ -57,20 +62,13 @@ class Patches:
 
 
 class Segmentation:
-    """Backbone and decoder under nnU-Net's loss: Dice over the whole batch without background, plus cross entropy."""
+    """Backbone and decoder under nnU-Net's loss."""
 
-    def __init__(self, model: SegmentationModel, freeze_backbone: bool = False) -> None:
-        from monai.losses import DiceLoss  # seconds to import
-
+    def __init__(self, model: SegmentationModel, labels: Labels) -> None:
         self._model = model
-        model.frozen = freeze_backbone
-        model.backbone.requires_grad_(not freeze_backbone)
         # One part, so that the loop clips the gradient of the whole as the recipe does.
         self.student: nn.Module = nn.ModuleDict({"model": model})
-        self._dice = DiceLoss(
-            include_background=False, softmax=True, to_onehot_y=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5
-        )
-        self._entropy = nn.CrossEntropyLoss()
+        self._loss = SegmentationLoss(labels).to(next(model.parameters()).device)
 
     def parts(self, batch: Patches, step: int, count: int, seed: Callable[[int], None]) -> Sequence[Patches]:
         """Dice is then that of each part."""
@@ -78,8 +76,8 @@ class Segmentation:
 
     def loss(self, batch: Patches, step: int) -> dict[str, Tensor]:
         """Both terms with weight 1, in fp32."""
-        logits = self._model(batch.images).float()
-        return {"dice": self._dice(logits, batch.labels[:, None]), "ce": self._entropy(logits, batch.labels)}
+        terms: dict[str, Tensor] = self._loss(self._model(batch.images), batch.labels)
+        return terms
 
     def after_step(self, step: int) -> None:
         """Nothing follows the optimizer."""
@@ -101,33 +99,42 @@ class Segmentation:
         return {"student": self.student.state_dict()}
 
 
-def parameter_groups(model: SegmentationModel, lr: float, backbone_lr: float) -> list[dict[str, Any]]:
-    """Decoder at the schedule's rate, backbone at its share of it; frozen parameters are in no group."""
-    groups = []
-    for part, rate in ((model.decoder, lr), (model.backbone, backbone_lr)):
-        parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
-        if parameters:
-            groups.append(
-                {"params": parameters, "lr_multiplier": rate / lr, "wd_multiplier": 1.0, "is_last_layer": False}
-            )
-    return groups
+def parameter_groups(
+    model: SegmentationModel, lr: float, backbone_lr: float, tuned: base.Settings
+) -> list[dict[str, Any]]:
+    """Everything behind the backbone at the schedule's rate, the backbone as its tuning says, at most at its share."""
+    rest = [parameter for parameter in model.added if parameter.requires_grad]
+    shares = [
+        (list(parameters), share * backbone_lr / lr) for parameters, share in tuning.groups(tuned, model.backbone)
+    ]
+    return [
+        {"params": parameters, "lr_multiplier": share, "wd_multiplier": 1.0, "is_last_layer": False}
+        for parameters, share in [(rest, 1.0), *shares]
+        if parameters
+    ]
 
 
-def sample(
-    cases: Sequence[Prepared],
-    patches: PatchSettings,
-    augmentation: Augmentation,
-    window: HuWindow,
-    seed: int,
-    index: int,
-) -> tuple[Tensor, Tensor, str]:
-    """Patch number `index` of the run: normalised [C, P, P] (a channel a window), class indices [P, P], what it is.
+@dataclass(frozen=True)
+class Source:
+    """What batches are made from."""
+
+    cases: Sequence[Prepared]
+    patches: PatchSettings
+    augmentation: Augmentation
+    channels: Sequence[Channel]
+    context: Context
+    seed: int
+
+
+def sample(source: Source, index: int) -> tuple[Tensor, Tensor, str]:
+    """Patch number `index` of the run: normalised [n, P, P] (with neighbours [S, n, P, P]), class indices [P, P], name.
 
     As in nnU-Net the case is drawn evenly, and the last share of each batch holds a pixel of a class drawn evenly among
     those of the case; its slice is drawn by the number of the class's pixels.
     """
-    rng = np.random.default_rng([seed, index])
-    case = cases[int(rng.integers(len(cases)))]
+    patches = source.patches
+    rng = np.random.default_rng([source.seed, index])
+    case = source.cases[int(rng.integers(len(source.cases)))]
     forced = index % patches.batch_size >= round(patches.batch_size * (1 - patches.foreground))
     present = np.flatnonzero(case.counts[:, 1:].sum(0)) + 1
     focus: tuple[int, int] | None = None
@@ -135,29 +142,36 @@ def sample(
         wanted = int(present[rng.integers(len(present))])
         pixels = np.cumsum(case.counts[:, wanted])
         z = int(np.searchsorted(pixels, rng.integers(pixels[-1]), side="right"))
-        hu, label = case.slice(z)
+        stored, label = case.slice(z)
         at = np.flatnonzero(label == wanted)
         y, x = np.unravel_index(int(at[rng.integers(len(at))]), label.shape)
         focus = (int(y), int(x))
     else:
         z = int(rng.integers(case.shape[0]))
-        hu, label = case.slice(z)
-    where = place(rng, augmentation, (hu.shape[0], hu.shape[1]), patches.size, focus)
-    image, classes = cut(hu, label, patches.size, where)
-    channels = [distort(channel, deepcopy(rng), augmentation) for channel in window.image(image)]  # one draw for all
-    return torch.stack(channels), classes, f"{case.name}/{z}"
+        stored, label = case.slice(z)
+    where = place(rng, source.augmentation, (label.shape[0], label.shape[1]), patches.size, focus)
+    seen = neighbours(np.array([z]), case.shape[0], case.spacing[0], source.context)[0].tolist()
+    planes = [stored if n == z else case.slice(n)[0] for n in seen]
+    draws = [deepcopy(rng), *rng.spawn(len(source.channels) - 1)]  # channels share no draw
+    images = [_image(values, where, source, draws, plane) for plane, values in enumerate(planes)]
+    classes = cut_label(label, patches.size, where)
+    return torch.stack(images) if source.context.slices else images[0], classes, f"{case.name}/{z}"
 
 
-def batches(
-    cases: Sequence[Prepared],
-    patches: PatchSettings,
-    augmentation: Augmentation,
-    window: HuWindow,
-    seed: int,
-    world: World,
-    start: int,
-) -> Generator[Patches]:
+def _image(
+    stored: NDArray[np.int16], where: Placement, source: Source, draws: Sequence[np.random.Generator], plane: int
+) -> Tensor:
+    """The patch of one slice [C, Y, X], normalised and distorted [n, P, P]; windows of one channel share draws."""
+    found = []
+    for values, channel, draw in zip(stored, source.channels, draws, strict=True):
+        windows = channel.window.image(cut_image(values, source.patches.size, where))
+        found += [distort(window, deepcopy(draw), source.augmentation, plane) for window in windows]
+    return torch.stack(found)
+
+
+def batches(source: Source, world: World, start: int) -> Generator[Patches]:
     """Endless batches from step `start` on, this rank's part of each, on its device; threads work ahead."""
+    patches = source.patches
     each = patches.batch_size // world.size
     pending: deque[list[Future[tuple[Tensor, Tensor, str]]]] = deque()
     step = start
@@ -167,7 +181,7 @@ def batches(
             while len(pending) < patches.ahead:
                 first = step * patches.batch_size + world.rank * each
                 tasks = range(first, first + each)
-                pending.append([pool.submit(sample, cases, patches, augmentation, window, seed, i) for i in tasks])
+                pending.append([pool.submit(sample, source, i) for i in tasks])
                 step += 1
             done = [future.result() for future in pending.popleft()]
             images, labels = torch.stack([image for image, _, _ in done]), torch.stack([d[1] for d in done])

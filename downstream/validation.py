@@ -14,13 +14,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from downstream import metrics
-from downstream.inference import Window, predict_slices, slices_at_once
+from downstream.cases import IGNORE
+from downstream.inference import Window, decided, head_scores
 from downstream.model import Header, SegmentationModel, save_model
 from downstream.prepared import Prepared
 from launch.distributed import World
 from launch.run import read_json, write_text
 
-__all__ = ["Best", "Table", "region_dice", "report", "validate"]
+__all__ = ["Best", "Table", "joined", "read_report", "region_dice", "report", "validate"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Table:
         each, whole = metrics.bootstrap(self.dice, draws=1)
         named = zip(self.organs, each, strict=True)
         return {"mean": whole.mean, **{organ: interval.mean for organ, interval in named}}
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """One table of the cases of all of them."""
+    rows = sorted((name, row) for table in tables for name, row in zip(table.cases, table.dice.tolist(), strict=True))
+    return Table(tuple(name for name, _ in rows), tables[0].organs, np.array([row for _, row in rows]))
 
 
 def validate(model: SegmentationModel, header: Header, cases: Sequence[Prepared], window: Window, here: World) -> Table:
@@ -55,16 +62,16 @@ def validate(model: SegmentationModel, header: Header, cases: Sequence[Prepared]
 
 def _case(model: SegmentationModel, header: Header, case: Prepared, window: Window) -> list[float]:
     classes = len(header.values)
-    hu, label = case.volume()
+    stored, label = case.volume()
+    index = np.zeros(256, dtype=np.int64)  # label value -> class index
+    index[list(header.values)] = np.arange(classes)
     confusion = np.zeros((classes, classes), dtype=np.int64)  # label, prediction
-    size = (case.shape[1], case.shape[2])
-    each = slices_at_once(size, size, header)
-    for start in range(0, case.shape[0], each):
-        found = predict_slices(model, header.window, header.patch, hu[start : start + each], window).argmax(1)
-        joint = label[start : start + each].astype(np.int64) * classes + found.cpu().numpy()
+    for where, logits in head_scores(model, header, stored, case.spacing[0], window):
+        found = index[decided(logits, header.labels).cpu().numpy()]
+        truth = label[where]
+        joint = (truth.astype(np.int64) * classes + found)[truth != IGNORE]
         confusion += np.bincount(joint.ravel(), minlength=classes**2).reshape(classes, classes)
-    index = {value: i for i, value in enumerate(header.values)}
-    return [region_dice(confusion, [index[value] for value in values]) for values in header.organs.values()]
+    return [region_dice(confusion, index[list(values)].tolist()) for values in header.organs.values()]
 
 
 def region_dice(confusion: NDArray[np.int64], members: Sequence[int]) -> float:
@@ -93,13 +100,24 @@ class Best:
             write_text(self.folder / "best.json", json.dumps({"step": step, "dice": dice}) + "\n")
 
 
+def read_report(folder: Path, step: int, cases: Sequence[str]) -> Table | None:
+    """What `report` wrote into a folder, if it is of that step and of those cases."""
+    about = read_json(folder / "validation.json")
+    if about is None or about["step"] != step or about["cases"] != sorted(cases):
+        return None
+    with (folder / "validation.csv").open(newline="") as file:
+        organs, *rows = csv.reader(file)
+    dice = [[float(value) if value else math.nan for value in row[1:]] for row in rows]
+    return Table(tuple(row[0] for row in rows), tuple(organs[1:]), np.array(dice))
+
+
 def report(folder: Path, table: Table, step: int) -> str:
     """Writes validation.csv (a line a case) and validation.json (means with intervals); gives the table as text."""
     with (folder / "validation.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["case", *table.organs])
-        for name, row in zip(table.cases, table.dice, strict=True):
-            writer.writerow([name, *("" if math.isnan(value) else f"{value:.6f}" for value in row)])
+        for name, row in zip(table.cases, table.dice.tolist(), strict=True):
+            writer.writerow([name, *("" if math.isnan(value) else repr(value) for value in row)])
     each, whole = metrics.bootstrap(table.dice)
     rows = dict(zip([*table.organs, "mean"], [*each, whole], strict=True))
     entries = {

@@ -1,10 +1,9 @@
-"""Fine-tuning, prediction and evaluation as a user runs them, small: after a kill, on two ranks, on bad input."""
+"""Fine-tuning as a user runs it, small: after a kill, on two ranks, fold by fold, tuned in every way, on bad input."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from data_curation import phantom
-from data_curation.volumes import read
-from downstream import evaluate, finetune, predict
+from downstream import evaluate, finetune, training
 from downstream.augment import Augmentation, off
 from downstream.cases import CaseError, open_dataset
-from downstream.geometry import found_at
-from downstream.inference import Window, predict_volume
-from downstream.model import ModelError, SegmentationModel, load_model, save_model
+from downstream.channels import Channel
+from downstream.context import Context
+from downstream.inference import Window
+from downstream.model import load_model
 from downstream.prepared import prepare
-from downstream.segmentation import Patches, PatchSettings, batches, sample
+from downstream.segmentation import Patches, PatchSettings, Source, batches, sample
+from downstream.training import assemble
 from downstream.validation import validate
 from launch.distributed import World
 from launch.settings import dump, load
@@ -32,6 +32,7 @@ from pretrain.data.window import HuWindow
 from tests.gloo import run_ranks
 
 VIT = {"size": "custom", "width": 24, "depth": 2, "heads": 2, "patch_size": 8, "in_channels": 1, "layerscale": None}
+CT = (Channel(window=HuWindow()),)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
@@ -58,6 +59,7 @@ def settings(folder: Path, dataset: Path, **changes: Any) -> finetune.Settings:
         "log": {"every": 3, "tensorboard": False},
         "validate_every": 3,
         "optim": {"lr": 3e-3, "backbone_lr": 1e-3},
+        "maps": "none",
         **changes,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     outcome = finetune.main(settings(folder, dataset))
     assert outcome.ok
-    assert all(Path(path).is_file() for path in outcome.made)
+    assert all(Path(path).exists() for path in outcome.made)
     return folder
 
 
@@ -107,15 +109,18 @@ def tuned(rank: int, size: int, text: str, folder: Path) -> None:
 
 
 def test_two_ranks_train_as_one(dataset: Path, tmp_path: Path) -> None:
-    """Equal but for Dice, which each rank takes over its own part of the batch; so the other term is nearly equal."""
-    changes = {"steps": 3, "validate_every": 0, "drop_path": 0.0}
+    changes = {"steps": 3, "validate_every": 0, "drop_path": 0.0, "maps": "last", "split": {"val_fraction": 0.5}}
+    changes["context"] = {"slices": 1}
     one, two = settings(tmp_path / "one", dataset, **changes), settings(tmp_path / "two", dataset, **changes)
     finetune.main(one)
     run_ranks(f"{__file__}:tuned", 2, tmp_path, text=dump(two), folder=tmp_path / "two")
     rows = [json.loads((s.folder / "metrics.jsonl").read_text().splitlines()[-1]) for s in (one, two)]
-    assert rows[0]["term/ce"] == pytest.approx(rows[1]["term/ce"], rel=0.02)
+    for term in ("term/ce", "term/dice"):
+        assert rows[0][term] == pytest.approx(rows[1][term], rel=1e-4)
     assert load_model(tmp_path / "two/model.safetensors")[1].step == 3
-    assert len(json.loads((tmp_path / "two/validation.json").read_text())["cases"]) == 1
+    found = [json.loads((s.folder / "scores/summary.json").read_text()) for s in (one, two)]
+    assert found[0]["cases"] == found[1]["cases"] == json.loads((two.folder / "validation.json").read_text())["cases"]
+    assert len(found[0]["cases"]) == 2
 
 
 def test_other_settings_in_the_same_folder_are_refused(trained: Path, dataset: Path, tmp_path: Path) -> None:
@@ -140,7 +145,7 @@ def test_mistakes_are_found_before_training(dataset: Path, tmp_path: Path, chang
 def test_frozen_backbone_stays_and_decoder_moves(trained: Path, dataset: Path, tmp_path: Path) -> None:
     changes = {
         "steps": 2,
-        "freeze_backbone": True,
+        "tuning": {"kind": "frozen"},
         "validate_every": 0,
         "split": {"val": []},
         "decoder": {"kind": "linear"},
@@ -150,18 +155,106 @@ def test_frozen_backbone_stays_and_decoder_moves(trained: Path, dataset: Path, t
     found = load_file(tmp_path / "model.safetensors")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fresh = finetune._model(
-            settings(tmp_path, dataset, **changes), open_dataset(dataset), cached(dataset, tmp_path)
-        )[0]
+        given = settings(tmp_path, dataset, **changes)
+        fresh = assemble(given, open_dataset(dataset), cached(dataset, tmp_path), print)[0]
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(tensor, found[name]) == name.startswith("backbone."), name
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_a_frozen_backbone_skips_no_branch(dataset: Path, tmp_path: Path, freeze: bool) -> None:
-    given = settings(tmp_path, dataset, freeze_backbone=freeze, drop_path=0.3)
-    model, _ = finetune._model(given, open_dataset(dataset), cached(dataset, tmp_path))
-    assert {block.drop_path for block in model.backbone.blocks} == {0.0 if freeze else 0.3}
+TUNINGS: list[dict[str, Any]] = [
+    {"kind": "full", "layer_decay": 0.7},
+    {"kind": "frozen"},
+    {"kind": "lora", "rank": 2},
+    {"kind": "adapter", "width": 4},
+]
+
+
+@pytest.mark.parametrize("tuned", TUNINGS, ids=lambda tuned: tuned["kind"])
+def test_a_backbone_that_is_not_trained_whole_skips_no_branch(
+    dataset: Path, tmp_path: Path, tuned: dict[str, Any]
+) -> None:
+    given = settings(tmp_path, dataset, tuning=tuned, drop_path=0.3)
+    model, _ = assemble(given, open_dataset(dataset), cached(dataset, tmp_path), print)
+    assert {block.drop_path for block in model.backbone.blocks} == {0.3 if tuned["kind"] == "full" else 0.0}
+
+
+@pytest.mark.parametrize("tuned", TUNINGS, ids=lambda tuned: tuned["kind"])
+def test_every_tuning_goes_on_bit_for_bit_and_the_file_is_the_model(
+    dataset: Path, tmp_path: Path, tuned: dict[str, Any]
+) -> None:
+    changes = {"tuning": tuned, "steps": 4, "checkpoint": {"every": 2}, "validate_every": 0, "split": {"val": []}}
+    finetune.main(settings(tmp_path / "whole", dataset, **changes))
+    finetune.main(settings(tmp_path / "cut", dataset, **changes))
+    (tmp_path / "cut/model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "cut/checkpoints/step_00000004")
+    finetune.main(settings(tmp_path / "cut", dataset, **changes))
+    whole, cut = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    _, header = load_model(tmp_path / "whole/model.safetensors")
+    assert (header.adapters is not None) == (tuned["kind"] == "adapter")
+    assert not [name for name in whole if "side" in name], "LoRA lies in the weights"
+
+
+def test_five_folds_each_validate_once_and_share_the_cache(dataset: Path, tmp_path: Path) -> None:
+    changes = {"steps": 2, "validate_every": 0, "split": {"fold": "all", "folds": 2}, "maps": "last"}
+    outcome = finetune.main(settings(tmp_path, dataset, **changes))
+    assert [Path(path).parent.name for path in outcome.made[:2]] == ["fold_0", "fold_1"]
+    pooled, *folds = [
+        json.loads((tmp_path / where / "validation.json").read_text()) for where in (".", "fold_0", "fold_1")
+    ]
+    assert sorted(folds[0]["cases"] + folds[1]["cases"]) == pooled["cases"]
+    assert len(pooled["cases"]) == 4
+    maps = sorted(path.name.removesuffix(".nii.gz") for path in (tmp_path / "validation").iterdir())
+    assert maps == pooled["cases"] == json.loads((tmp_path / "scores/summary.json").read_text())["cases"]
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    when = (tmp_path / "fold_0/model.safetensors").stat().st_mtime_ns
+    (tmp_path / "fold_1/validation.json").unlink()
+    finetune.main(settings(tmp_path, dataset, **changes))
+    assert (tmp_path / "fold_0/model.safetensors").stat().st_mtime_ns == when, "a finished fold stays"
+    assert json.loads((tmp_path / "validation.json").read_text()) == pooled
+
+
+def test_neighbours_and_several_windows_train_and_predict(dataset: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 2, "validate_every": 0, "context": {"slices": 1}, "maps": "last"}
+    changes |= {"normalisation": [{"low": [-1000, -160], "high": [0, 240], "mean": [-500, 40], "std": [300, 100]}]}
+    finetune.main(settings(tmp_path, dataset, **changes))
+    _, header = load_model(tmp_path / "model.safetensors")
+    assert header.context.slices == 1
+    assert header.channels[0].window.channels == 2
+    assert json.loads((tmp_path / "scores/summary.json").read_text())["cases"]
+
+
+def test_regions_and_an_ignore_label_are_learnt_as_such(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "data")
+    about = json.loads((tmp_path / "data/dataset.json").read_text())
+    about["labels"] = {"background": 0, "both": [1, 2], "spine": 2, "ignore": 3}
+    about["regions_class_order"] = [1, 2]
+    (tmp_path / "data/dataset.json").write_text(json.dumps(about))
+    for path in (tmp_path / "data/labelsTr").iterdir():
+        stored = sitk.ReadImage(str(path))
+        array = sitk.GetArrayFromImage(stored)
+        array[:, :6] = 3
+        changed = sitk.GetImageFromArray(array)
+        changed.CopyInformation(stored)
+        sitk.WriteImage(changed, str(path))
+    finetune.main(settings(tmp_path / "run", tmp_path / "data", maps="best"))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {"term/dice", "term/bce", "dice/both"} <= set(rows[-1])
+    _, header = load_model(tmp_path / "run/model.safetensors")
+    assert header.order == (1, 2)
+    assert header.ignore == 3
+    values = {int(v) for path in (tmp_path / "run/validation").iterdir() for v in np.unique(_array(path))}
+    assert values <= {0, 1, 2}, "nothing is ever called `ignore`"
+
+
+def _array(path: Path) -> np.ndarray[Any, Any]:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_a_batch_in_parts_is_refused_where_it_cannot_be_cut(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be cut into accumulate=3"):
+        settings(tmp_path, dataset, accumulate=3)
+    finetune.main(settings(tmp_path, dataset, accumulate=2, steps=1, validate_every=0, split={"val": []}))
 
 
 @pytest.mark.parametrize(("every", "looks"), [(3, 2), (4, 2), (0, 1)])
@@ -169,7 +262,8 @@ def test_the_last_validation_is_done_once(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, looks: int
 ) -> None:
     calls = []
-    monkeypatch.setattr(finetune, "validate", lambda *given: calls.append(1) or validate(*given))
+    for module in (finetune, training):
+        monkeypatch.setattr(module, "validate", lambda *given: calls.append(1) or validate(*given))
     finetune.main(settings(tmp_path, dataset, validate_every=every))
     assert len(calls) == looks
     found = json.loads((tmp_path / "validation.json").read_text())
@@ -203,7 +297,7 @@ def cached(dataset: Path, folder: Path) -> list[Any]:
 def test_a_dry_run_reads_no_voxel(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "prepare", None)
     text = finetune.dry_run(settings(tmp_path, dataset))
-    assert "3 cases to train, 1 to validate; liver, spine" in text
+    assert "3 cases to train, 1 to validate; labels that exclude one another: liver, spine" in text
     assert "blocks [0, 1]" in text
 
 
@@ -212,7 +306,7 @@ def test_a_batch_depends_on_seed_and_step_only(dataset: Path, tmp_path: Path) ->
     take = PatchSettings(size=32, batch_size=4, workers=3)
 
     def made(world: World, start: int, count: int, seed: int = 0) -> list[Patches]:
-        stream = batches(cases, take, Augmentation(), HuWindow(), seed, world, start)
+        stream = batches(Source(cases, take, Augmentation(), CT, Context(), seed), world, start)
         found = list(islice(stream, count))
         stream.close()
         return found
@@ -231,106 +325,10 @@ def test_forced_patches_hold_foreground(dataset: Path, tmp_path: Path) -> None:
     take = PatchSettings(size=8, batch_size=2, foreground=0.5)
     turned = off().model_copy(update={"rotate_p": 1.0, "scale_p": 1.0})
     for augmentation in (off(), turned):
-        found = [bool((sample(cases, take, augmentation, HuWindow(), 0, index)[1] > 0).any()) for index in range(60)]
+        source = Source(cases, take, augmentation, CT, Context(), 0)
+        found = [bool((sample(source, index)[1] > 0).any()) for index in range(60)]
         assert all(found[1::2])
         assert not all(found[0::2])
-
-
-def test_prediction_keeps_geometry_resumes_and_reports(trained: Path, dataset: Path, tmp_path: Path) -> None:
-    images, out = tmp_path / "images", tmp_path / "out"
-    (images / "deep").mkdir(parents=True)
-    source = sitk.ReadImage(str(next((dataset / "imagesTs").iterdir())))
-    for orientation, name in (("PIR", "a_0000.nii.gz"), ("LSA", "deep/b.mha"), ("RAS", "c.nrrd")):
-        sitk.WriteImage(sitk.DICOMOrient(source, orientation), str(images / name))
-    (images / "broken_0000.nii.gz").write_bytes(b"not a nifti file")
-    given = predict.Settings(folder=out, model=trained / "model.safetensors", images=images, device="cpu")
-    assert predict.main(given).ok
-    made = sorted(path.name for path in out.glob("*.*") if not path.name.startswith("."))
-    assert made == ["a.nii.gz", "c.nrrd", "deep_b.mha", "model.sha256", "refused.csv"]
-    assert "broken_0000.nii.gz,unreadable" in (out / "refused.csv").read_text()
-    labels = {}
-    for name, label in (("a_0000.nii.gz", "a.nii.gz"), ("deep/b.mha", "deep_b.mha"), ("c.nrrd", "c.nrrd")):
-        image, found = sitk.ReadImage(str(images / name)), sitk.ReadImage(str(out / label))
-        for what in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
-            assert getattr(image, what)() == getattr(found, what)(), f"{name}: {what}"
-        labels[name] = sitk.GetArrayFromImage(sitk.DICOMOrient(found, "LPS"))
-    same = list(labels.values())
-    assert np.array_equal(same[0], same[1])
-    assert np.array_equal(same[0], same[2]), "the same patient, stored in three orders, has the same labels"
-    when = (out / "a.nii.gz").stat().st_mtime_ns
-    (out / "c.nrrd").unlink()
-    assert predict.main(given).ok
-    assert (out / "a.nii.gz").stat().st_mtime_ns == when, "done ones are not done again"
-    assert (out / "c.nrrd").is_file()
-
-
-def test_two_models_do_not_share_a_folder_and_nothing_predicted_is_a_failure(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    given = predict.Settings(
-        folder=tmp_path / "out", model=trained / "model.safetensors", images=tmp_path / "images", device="cpu"
-    )
-    with pytest.raises(CaseError, match="no image"):
-        predict.main(given)
-    (tmp_path / "images/x.nii.gz").write_bytes(b"")
-    assert not predict.main(given).ok
-    model, header = load_model(given.model)
-    save_model(tmp_path / "other.safetensors", model, header.model_copy(update={"step": 7}))
-    with pytest.raises(CaseError, match="another model"):
-        predict.main(given.model_copy(update={"model": tmp_path / "other.safetensors"}))
-    with pytest.raises(CaseError, match="nowhere is not there"):
-        predict.main(given.model_copy(update={"images": tmp_path / "nowhere"}))
-
-
-def test_memory_limit_spacing_and_mirroring_do_not_change_the_shape(
-    trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, header = load_model(trained / "model.safetensors")
-    volume = read(found_at(next((dataset / "imagesTs").iterdir())))
-    whole = predict_volume(model, header, volume)
-    assert whole.shape == volume.hu.shape
-    assert set(np.unique(whole)) <= {0, 1, 2}
-    monkeypatch.setattr("downstream.inference.LOGIT_BYTES", 1)
-    assert np.array_equal(predict_volume(model, header, volume), whole), "slice by slice gives the same"
-    coarse = header.model_copy(update={"spacing": 11.0})
-    assert predict_volume(model, coarse, volume, Window(mirror=True)).shape == volume.hu.shape
-    renamed = header.model_copy(update={"values": (0, 7, 200)})
-    assert np.array_equal(predict_volume(model, renamed, volume), np.array([0, 7, 200], np.uint8)[whole])
-
-
-def test_mirroring_is_the_mean_over_the_four_images(trained: Path) -> None:
-    from downstream.inference import predict_slices
-
-    model, header = load_model(trained / "model.safetensors")
-    hu = np.random.default_rng(0).integers(-900, 900, (2, 32, 32)).astype(np.int16)
-
-    def logits(array: np.ndarray[Any, Any], mirror: bool = False) -> torch.Tensor:
-        return predict_slices(model, header.window, 32, np.ascontiguousarray(array), Window(mirror=mirror))
-
-    parts = [logits(np.flip(hu, axes)).flip([axis + 1 for axis in axes]) for axes in ((), (1,), (2,), (1, 2))]
-    assert torch.allclose(logits(hu, mirror=True), torch.stack(parts).mean(0), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("damage", "what"),
-    [
-        (lambda path: path.unlink(), "no such file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a whole safetensors file"),
-        (lambda path: path.write_bytes(b"garbage"), "not a whole safetensors file"),
-    ],
-)
-def test_damaged_models_are_refused(trained: Path, tmp_path: Path, damage: Callable[[Path], Any], what: str) -> None:
-    path = tmp_path / "model.safetensors"
-    shutil.copy(trained / "model.safetensors", path)
-    damage(path)
-    with pytest.raises(ModelError, match=what):
-        load_model(path)
-
-
-def test_a_model_comes_back_as_it_was_written(trained: Path) -> None:
-    model, _ = load_model(trained / "model.safetensors")
-    stored = load_file(trained / "model.safetensors")
-    assert isinstance(model, SegmentationModel)
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
 
 
 def test_evaluation_takes_the_names_from_the_model(trained: Path, dataset: Path, tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ import yaml
 from pydantic import BaseModel
 
 from downstream import finetune
-from downstream.augment import Augmentation, Placement, cut, distort, off, place
+from downstream.augment import Augmentation, Placement, cut_image, cut_label, distort, off, place
+from downstream.cases import Labels
 from downstream.decoders import linear
 from downstream.finetune import Settings
 from downstream.model import build
 from downstream.segmentation import Patches, Segmentation, parameter_groups
+from downstream.tuning import frozen, full
+from launch.settings import Settings as Base
 from launch.settings import SettingsError, find, load
 from pretrain.models.vit import VitSettings
 from pretrain.models.vit import build as build_vit
@@ -26,10 +29,16 @@ HU = np.random.default_rng(0).integers(-900, 900, (40, 60)).astype(np.int16)
 LABEL = (HU > 0).astype(np.uint8)
 
 
-def method(freeze: bool = False) -> Segmentation:
+def method(tuned: Base | None = None) -> Segmentation:
     torch.manual_seed(0)
     vit = VitSettings(size="custom", width=24, depth=2, heads=2, patch_size=8, in_channels=1)
-    return Segmentation(build(build_vit(vit), linear.Settings(), 3), freeze)
+    model = build(build_vit(vit), linear.Settings(), 3, tuning=tuned or full.Settings())
+    return Segmentation(model, Labels({"a": (1,), "b": (2,)}, (0, 1, 2)))
+
+
+def cut(image: np.ndarray[Any, Any], label: np.ndarray[Any, Any], size: int, where: Placement) -> tuple[Any, Any]:
+    """Image and label of one patch."""
+    return cut_image(image, size, where), cut_label(label, size, where)
 
 
 def test_a_plain_patch_is_a_copy_and_what_lies_outside_is_air() -> None:
@@ -146,13 +155,29 @@ def test_the_loss_is_dice_over_the_batch_plus_cross_entropy(monkeypatch: pytest.
 
 
 def test_two_rates_and_no_group_for_what_is_frozen() -> None:
-    groups = parameter_groups(method().exported(), 3e-4, 3e-5)
+    groups = parameter_groups(method().exported(), 3e-4, 3e-5, full.Settings())
     assert [group["lr_multiplier"] for group in groups] == [1.0, pytest.approx(0.1)]
-    made = method(freeze=True)
-    groups = parameter_groups(made.exported(), 3e-4, 3e-5)
+    made = method(frozen.Settings())
+    groups = parameter_groups(made.exported(), 3e-4, 3e-5, frozen.Settings())
     assert len(groups) == 1
     counted = sum(p.numel() for p in groups[0]["params"])
     assert counted == sum(p.numel() for p in made.exported().decoder.parameters())
+
+
+def test_slices_seen_together_share_all_but_the_noise() -> None:
+    patch = torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
+    quiet = Augmentation(noise_p=0, blur_p=1, brightness_p=1, contrast_p=1, gamma_p=1)
+    first, second = (distort(patch, np.random.default_rng(1), quiet, plane) for plane in (0, 1))
+    assert torch.equal(first, second)
+    noisy = off().model_copy(update={"noise_p": 1.0, "noise_variance": 1.0})
+    first, second = (distort(patch, np.random.default_rng(1), noisy, plane) - patch for plane in (0, 1))
+    assert not torch.equal(first, second)
+    assert float(first.std()) == pytest.approx(float(second.std()), rel=0.2), "one variance"
+
+
+def test_a_blur_darkens_no_border() -> None:
+    blurred = distort(torch.full((16, 16), 3.0), np.random.default_rng(0), off().model_copy(update={"blur_p": 1.0}))
+    assert torch.allclose(blurred, torch.full((16, 16), 3.0), atol=1e-5)
 
 
 CONFIGS = sorted(path.stem for path in (Path(finetune.__file__).parent / "configs").glob("*.yaml"))

@@ -1,0 +1,205 @@
+"""One fine-tuning run: settings and prepared cases to a model and its header, then the loop over its steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from downstream import tuning
+from downstream.cases import Dataset
+from downstream.channels import ZSCORE, Channel, kind_of, network_channels
+from downstream.model import Header, SegmentationModel, build
+from downstream.prepared import Prepared, channel_windows
+from downstream.segmentation import Segmentation, Source, batches, parameter_groups
+from downstream.settings import Settings
+from downstream.validation import Best, Table, validate
+from launch.distributed import World
+from launch.log import Log, tell
+from launch.run import Stopped
+from pretrain.checkpoint import Checkpoints
+from pretrain.data.window import HuWindow
+from pretrain.loop import LoopSettings, train
+from pretrain.models.vit import VisionTransformer
+from pretrain.models.vit import build as build_vit
+from pretrain.parallel import compile_blocks, recompute_blocks, shard
+from pretrain.released import load_backbone
+from pretrain.schedule import Schedule, Schedules
+
+__all__ = ["assemble", "run", "speaker"]
+
+
+def assemble(
+    settings: Settings, dataset: Dataset, cases: Sequence[Prepared], say: Callable[[str], None]
+) -> tuple[SegmentationModel, Header]:
+    """The model on the CPU, the same on every rank, and its header; `cases` are those to train on.
+
+    What became of each tensor of the backbone's file is told to `say`.
+
+    Raises ValueError where settings, backbone and data set do not fit each other.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        backbone, window = _backbone(settings, say)
+        channels = _channels(settings, dataset, cases, window)
+        model = build(
+            backbone,
+            settings.decoder,
+            len(dataset.labels.heads),
+            context=settings.context,
+            channels=network_channels(channels),
+            tuning=settings.tuning,
+        )
+    if settings.patches.size % backbone.patch_size:
+        raise ValueError(f"patches.size {settings.patches.size} is no multiple of the backbone's {backbone.patch_size}")
+    header = Header(
+        vit=backbone.settings,
+        decoder=settings.decoder,
+        adapters=tuning.kept(settings.tuning),
+        context=settings.context,
+        organs=dict(dataset.labels.organs),
+        values=dataset.labels.values,
+        ignore=dataset.labels.ignore,
+        order=dataset.labels.order,
+        channels=channels,
+        spacing=settings.spacing,
+        patch=settings.patches.size,
+    )
+    return model, header
+
+
+def _backbone(settings: Settings, say: Callable[[str], None]) -> tuple[VisionTransformer, HuWindow | None]:
+    """The backbone and the window it was pretrained with, None of random weights."""
+    if settings.backbone is None:
+        vit, weights, window = settings.model, None, None
+    else:
+        loaded, window = load_backbone(settings.backbone, say=say)
+        vit, weights = loaded.settings, loaded.state_dict()
+    # Positions are disturbed in pretraining only, and what does not learn as a whole needs no disturbance.
+    rope = vit.rope.model_copy(update={"shift": None, "jitter": None, "rescale": None})
+    drop_path = settings.drop_path if settings.tuning.kind == "full" else 0.0  # type: ignore[attr-defined]
+    backbone = build_vit(vit.model_copy(update={"drop_path": drop_path, "rope": rope}))
+    if weights is not None:
+        backbone.load_state_dict(weights)
+    return backbone, window
+
+
+def _channels(
+    settings: Settings, dataset: Dataset, cases: Sequence[Prepared], window: HuWindow | None
+) -> tuple[Channel, ...]:
+    """How stored values of each channel become the network's input."""
+    names, rule = dataset.channels, settings.normalisation
+    if rule == "dataset":
+        if window is not None and window.channels > 1:
+            raise ValueError(
+                f"normalisation=dataset is one HU window, and {settings.backbone} was trained on {window.channels} as "
+                "channels; use normalisation=pretraining"
+            )
+        return channel_windows(cases, names)
+    if rule == "pretraining":
+        own = window or HuWindow()
+        kinds = [kind_of(name) for name in names]
+        windows = tuple(own if kind == "ct" else ZSCORE for kind in kinds)
+    else:
+        windows = rule
+    if len(windows) != len(names):
+        raise ValueError(f"normalisation lists {len(windows)} window(s), {dataset.name} has channels {list(names)}")
+    return tuple(
+        Channel(name=name, kind=kind_of(name), window=window) for name, window in zip(names, windows, strict=True)
+    )
+
+
+def run(
+    settings: Settings,
+    model: SegmentationModel,
+    header: Header,
+    training: Sequence[Prepared],
+    validation: Sequence[Prepared],
+    here: World,
+) -> tuple[int, Table | None]:
+    """Runs the loop on this rank's device; the step it ended at, and its validation if there was one then.
+
+    Goes on from the newest checkpoint in the run folder. Raises Stopped if a signal ended it.
+    """
+    method = Segmentation(model.to(here.device), header.labels)
+    _spread(model, settings, here)
+    optim, say = settings.optim, speaker(here)
+    groups = parameter_groups(model, optim.lr, optim.backbone_lr, settings.tuning)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, weight_decay=0.0, fused=True)
+    # A warm-up from the rate to nothing is a linear fall.
+    schedules = Schedules(Schedule(start=optim.lr, peak=0.0, warmup=settings.steps), Schedule(peak=optim.weight_decay))
+    about = {"header": header.model_dump(mode="json"), "tuning": settings.tuning.model_dump(mode="json")}
+    checkpoints = Checkpoints(
+        settings.folder,
+        method,
+        optimizer,
+        here,
+        settings.checkpoint,
+        samples_per_step=settings.patches.batch_size,
+        fingerprint=hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
+        about=about,
+        say=say,
+    )
+    start = checkpoints.restore()
+    source = Source(training, settings.patches, settings.augmentation, header.channels, header.context, settings.seed)
+    stream = batches(source, here, start)
+    log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start and start + 1)
+    best = Best(settings.folder, model, header, start)
+    seen: dict[int, Table] = {}
+
+    def look(step: int) -> dict[str, float]:
+        seen.clear()
+        seen[step] = validate(model, header, validation, settings.window, here)
+        means = seen[step].means()
+        best.offer(step, means["mean"], here)
+        return {f"dice/{organ}": value for organ, value in means.items() if not math.isnan(value)}
+
+    try:
+        ended = train(
+            method, stream, optimizer, schedules, checkpoints, log, here, _loop(settings), look if validation else None
+        )
+    finally:
+        stream.close()
+        log.close()
+    if ended.stopped_by:
+        raise Stopped(
+            f"stopped by {ended.stopped_by} after step {ended.step} of {settings.steps}; the same command continues"
+        )
+    return ended.step, seen.get(ended.step)
+
+
+def _spread(model: SegmentationModel, settings: Settings, here: World) -> None:
+    """Recomputation, compilation, and a copy on each rank."""
+    recompute_blocks(model.backbone, settings.parallel.recompute)
+    if settings.parallel.compile:
+        compile_blocks(model.backbone)
+    shard(nn.ModuleDict({"model": model}), here, settings.parallel)
+    for name in ("encode", "decode") if here.size > 1 else ():  # which prediction calls one by one with a context
+        register_fsdp_forward_method(model, name)
+
+
+def _loop(settings: Settings) -> LoopSettings:
+    return LoopSettings(
+        steps=settings.steps,
+        seed=settings.seed,
+        precision=settings.precision,
+        accumulate=settings.accumulate,
+        clip=settings.optim.clip,
+        log_every=settings.log.every,
+        validate_every=settings.validate_every,
+        watchdog=settings.watchdog,
+    )
+
+
+def speaker(here: World) -> Callable[[str], None]:
+    """Says what it is given on the first rank, nothing on the others."""
+    return tell if here.rank == 0 else _silent
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
