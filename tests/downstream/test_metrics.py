@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from downstream.metrics import bootstrap, score, scores
@@ -86,6 +88,67 @@ def test_the_crop_around_an_organ_changes_nothing_and_monai_agrees() -> None:
         assert found[name].nsd == pytest.approx(nsd.item(), abs=1e-6)
         hd95 = compute_hausdorff_distance(p, y, include_background=True, percentile=95, spacing=spacing)
         assert found[name].hd95 == pytest.approx(hd95.item(), rel=1e-5)
+
+
+def surface(mask: NDArray[np.bool_], ignored: NDArray[np.bool_]) -> list[tuple[int, ...]]:
+    """Voxel by voxel: those with a neighbour outside of the mask that is not ignored, or at the volume's border."""
+    found = []
+    for at in map(tuple, np.argwhere(mask).tolist()):
+        for axis, step in ((axis, step) for axis in range(3) for step in (-1, 1)):
+            other = tuple(value + step * (number == axis) for number, value in enumerate(at))
+            outside = any(not 0 <= value < size for value, size in zip(other, mask.shape, strict=True))
+            if outside or not (mask[other] or ignored[other]):
+                found.append(at)
+                break
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.9), st.floats(0, 0.4), st.sampled_from([0.5, 1.0, 2.1]))
+def test_against_brute_force(seed: int, filled: float, unknown: float, tolerance: float) -> None:
+    """Every distance between every pair of surface voxels, also where some voxels are to be ignored."""
+    rng = np.random.default_rng(seed)
+    shape, spacing = tuple(rng.integers(1, 6, 3)), np.array([2.0, 0.7, 0.1])
+    label, prediction = rng.random(shape) < filled, rng.random(shape) < filled
+    ignored = rng.random(shape) < unknown
+    values = [mask * np.uint8(3) for mask in (prediction & ~ignored, label & ~ignored)]
+    found = scores(*values, spacing, {"a": [3]}, tolerance, ignored)["a"]
+    p, y = prediction & ~ignored, label & ~ignored
+    if not p.any() and not y.any():
+        assert math.isnan(found.dice)
+        return
+    assert found.dice == pytest.approx(2 * (p & y).sum() / (p.sum() + y.sum()))
+    edges = [np.array(surface(mask, ignored)).reshape(-1, 3) for mask in (p, y)]
+    if not all(map(len, edges)) or not p.any() or not y.any() or np.array_equal(p, y):
+        return
+    table = np.sqrt((((edges[0][:, None] - edges[1][None]) * spacing) ** 2).sum(-1))
+    one, other = table.min(1), table.min(0)
+    near = (one <= tolerance).sum() + (other <= tolerance).sum()
+    assert found.nsd == pytest.approx(near / (len(one) + len(other)))
+    assert found.hd95 == pytest.approx(max(np.quantile(one, 0.95), np.quantile(other, 0.95)))
+
+
+def test_a_border_with_ignored_voxels_is_no_surface() -> None:
+    """5 x 5 x 5 voxels of an organ that goes on into ignored ones; the prediction begins one voxel later."""
+    label, prediction = box((3, 8), (3, 8), (3, 13)), box((3, 8), (3, 8), (4, 13))
+    ignored = box((0, 20), (0, 20), (8, 20))
+    found = score(prediction, label, (1, 1, 1), 0.5, ignored)
+    assert found.dice == pytest.approx(2 * 100 / (125 + 100))
+    # Surfaces without the face to the ignored voxels: a face of 25 and 4 rims of 16; of the prediction
+    # 9 voxels of its face lie behind the label's, and the rims are the same.
+    assert found.nsd == pytest.approx((64 + 64) / (25 + 64 + 9 + 64))
+    cut = score(prediction & ~ignored, label & ~ignored, (1, 1, 1), 0.5)
+    assert cut.nsd == pytest.approx((64 + 9 + 64 + 9) / (25 + 64 + 9 + 9 + 64 + 9)), "that face would speak for both"
+    assert math.isnan(score(prediction & ignored, label & ignored, (1, 1, 1), 0.5, ignored).dice)
+
+
+def test_each_organ_has_its_tolerance() -> None:
+    label = np.zeros((9, 9, 9), np.uint8)
+    label[2:5, 2:5, 2:5], label[6:8, 6:8, 6:8] = 1, 2
+    prediction = np.roll(label, 1, 0)
+    found = scores(prediction, label, (2, 2, 2), {"a": [1], "b": [2]}, {"a": 2.0, "b": 1.9})
+    assert found["a"].nsd == 1.0
+    assert 0 < found["b"].nsd < 1
 
 
 def test_other_shapes_are_refused() -> None:
