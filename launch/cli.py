@@ -64,7 +64,23 @@ VERBS = {
         run=True,
         ranks=True,
     ),
-    "export": Verb("a pretraining run -> one safetensors file", "pretrain.export:main", "pretrain.export:Settings"),
+    "export": Verb(
+        "a pretraining run -> one safetensors file, or a folder for transformers",
+        "pretrain.export:main",
+        "pretrain.export:Settings",
+    ),
+    "convert": Verb(
+        "a public set with labels -> nnU-Net's raw format",
+        "downstream.convert:main",
+        "downstream.convert:Settings",
+        run=True,
+        word="name",
+    ),
+    "plan": Verb(
+        "a labelled data set -> its fingerprint, and settings to fine-tune with",
+        "downstream.plan:main",
+        "downstream.plan:Settings",
+    ),
     "finetune": Verb(
         "a backbone + labels -> a segmentation model",
         "downstream.finetune:main",
@@ -75,8 +91,20 @@ VERBS = {
     "predict": Verb(
         "a model + scans -> label maps", "downstream.predict:main", "downstream.predict:Settings", run=True, ranks=True
     ),
+    "onnx": Verb(
+        "a segmentation model -> one ONNX file", "downstream.onnx:main", "downstream.onnx:Settings", word="model"
+    ),
     "evaluate": Verb(
         "label maps -> Dice, NSD, HD95", "downstream.evaluate:main", "downstream.evaluate:Settings", run=True
+    ),
+    "compare": Verb(
+        "two sets of scores, paired: is one better?", "downstream.compare:main", "downstream.compare:Settings"
+    ),
+    "probe": Verb(
+        "how well a backbone's patches tell organs apart: k-NN, linear, few shots",
+        "downstream.probe:main",
+        "downstream.probe:Settings",
+        run=True,
     ),
     "status": Verb("how the runs in a folder are doing", "launch.status:main", "launch.status:Settings"),
 }
@@ -86,7 +114,7 @@ FREE = (
     "steps", "device", "workers", "data.workers", "data.prefetch", "data.start_method", "data.max_unreadable",
     "data.max_unreadable_share", "data.max_worker_deaths", "patches.workers", "patches.ahead", "prepare_workers",
     "timeout_s", "memory_gib", "extend", "parallel", "checkpoint", "log", "watch", "watchdog", "gc_every", "max_bad",
-    "method.cache",
+    "method.cache", "cache", "window.memory_gib", "window.batch_size",
 )  # fmt: skip
 
 OPTIONS = {
