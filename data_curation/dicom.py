@@ -35,13 +35,15 @@ def load(
     frames: Sequence[tuple[int, int]] = (),
     first: bool = False,
     most: int = max_voxels.MAX_VOXELS,
+    fewest: int = 2,
 ) -> Grid:
     """One stack. `frames` names its slices as (index into `files`, frame); without it a slice is a file, or a frame of
     the only file.
 
     Slices at one position are dropped when they are equal, or where `first` takes the first of several phases; else
     VolumeError `not_a_volume`. The grid's stack axis is the slices' normal and its step the median distance along it;
-    `places` tells where each slice lies. Raises VolumeError `too_large` before pixels are read, `truncated`.
+    `places` tells where each slice lies. With `fewest` 1 one slice is a stack, its step the slice's thickness. Raises
+    VolumeError `too_large` before pixels are read, `truncated`.
     """
     wanted: dict[int, list[tuple[int, int]]] = {}
     for slot, (index, frame) in enumerate(frames):
@@ -61,7 +63,7 @@ def load(
             slot = number if slots is None else slots[number]
             voxels = _put(voxels, slot, one)
             found[slot] = _without_pixels(one)
-    return _grid(voxels, [found[slot] for slot in range(len(voxels))], first)
+    return _grid(voxels, [found[slot] for slot in range(len(voxels))], first, fewest)
 
 
 def _read(path: Path, frames: Sequence[int], total: int, most: int) -> Iterator[tuple[int, _Slice]]:
@@ -97,11 +99,12 @@ def _slice(stored: NDArray[Any], texts: Mapping[str, str], pixels: Pixels) -> _S
 
 
 def _without_pixels(one: _Slice) -> _Slice:
-    texts = {name: one.texts[name] for name in _GEOMETRY}
+    texts = {name: one.texts[name] for name in _GEOMETRY} | {_THICKNESS: one.texts.get(_THICKNESS, "")}
     return _Slice(np.empty((0, 0), np.int16), texts, one.slope, one.intercept, one.lossy, one.padding)
 
 
 _GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+_THICKNESS = "SliceThickness"
 
 
 def _put(voxels: NDArray[Any], slot: int, one: _Slice) -> NDArray[Any]:
@@ -126,19 +129,21 @@ def _put(voxels: NDArray[Any], slot: int, one: _Slice) -> NDArray[Any]:
     return voxels
 
 
-def _grid(voxels: NDArray[Any], slices: Sequence[_Slice], first: bool) -> Grid:
-    if len(slices) < 2:
+def _grid(voxels: NDArray[Any], slices: Sequence[_Slice], first: bool, fewest: int) -> Grid:
+    if len(slices) < min(fewest, 2):
         raise VolumeError("single_slice", "one slice is not a volume: leave it out")
     plane = np.array(numbers(slices[0].texts["ImageOrientationPatient"])).reshape(2, 3)
     row, column = plane / np.linalg.norm(plane, axis=1, keepdims=True)
     between_rows, between_columns = numbers(slices[0].texts["PixelSpacing"])
     normal = np.cross(row, column)
     places = np.array([numbers(one.texts["ImagePositionPatient"]) for one in slices])
-    kept, repeats, phases = _without_repeats(voxels, places @ normal, in_order(places @ normal), first)
+    kept, repeats, phases = [0], 0, 0
+    if len(slices) > 1:
+        kept, repeats, phases = _without_repeats(voxels, places @ normal, in_order(places @ normal), first)
     if kept != list(range(len(slices))):
         voxels = voxels[kept]
     places = places[kept]
-    step = float(np.median(np.diff(places @ normal)))
+    step = float(np.median(np.diff(places @ normal))) if len(kept) > 1 else _thickness(slices[0])
     affine = np.column_stack([row * between_columns, column * between_rows, normal * step, places[0]])
     notes = []
     if repeats:
@@ -151,6 +156,12 @@ def _grid(voxels: NDArray[Any], slices: Sequence[_Slice], first: bool) -> Grid:
     grid = Grid(voxels, affine, False, tuple(notes), places, padding)
     tilted = tilt.degrees(grid) > tilt.TILT_DEGREES
     return Grid(voxels, affine, tilted, tuple(notes), places, padding)
+
+
+def _thickness(one: _Slice) -> float:
+    """mm; 1 where the header does not say."""
+    found = numbers(one.texts[_THICKNESS])
+    return found[0] if len(found) == 1 and 0 < found[0] < np.inf else 1.0
 
 
 def _without_repeats(

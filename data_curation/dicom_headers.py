@@ -86,6 +86,7 @@ _OWN = (
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
+    "SliceThickness",
     "ModalityLUTSequence",
 )
 _NAMES = frozenset((*_OWN, *_FORMAT, *_SCALE, *(name for names in PHASES for name in names)))

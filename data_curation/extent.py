@@ -16,8 +16,8 @@ SHEAR_DEGREES = 0.5
 _FARTHEST = 1e7  # mm
 
 
-def volume_shape(sizes: Sequence[int], max_voxels: int) -> tuple[int, int, int]:
-    """(i, j, k); trailing axes of length 1 are dropped.
+def volume_shape(sizes: Sequence[int], max_voxels: int, fewest: int = 2) -> tuple[int, int, int]:
+    """(i, j, k); trailing axes of length 1 are dropped. With `fewest` 1 one slice is a volume too.
 
     Raises VolumeError: unreadable, 4d, vector, single_slice, too_large.
     """
@@ -31,7 +31,7 @@ def volume_shape(sizes: Sequence[int], max_voxels: int) -> tuple[int, int, int]:
         reason = "4d" if shape[3] > 1 else "vector"
         what = "a series over time or phases" if reason == "4d" else "a vector image (a field or overlapping masks)"
         raise VolumeError(reason, f"{text} voxels are {what}: write the wanted volume as a file of its own")
-    if len(shape) < 3 or sum(n > 1 for n in shape) < 3:
+    if len(shape) < 3 or sum(n > 1 for n in shape) < (3 if fewest > 1 else 2):
         raise VolumeError("single_slice", f"{text} voxels are one slice, not a volume: leave it out")
     fits(shape, max_voxels)
     return shape[0], shape[1], shape[2]

@@ -51,8 +51,8 @@ class _Header:
     start: int  # first byte behind the header
 
 
-def load(path: Path, max_voxels: int = MAX_VOXELS) -> Grid:
-    """Voxels as stored.
+def load(path: Path, max_voxels: int = MAX_VOXELS, fewest: int = 2) -> Grid:
+    """Voxels as stored, of `fewest` slices at least.
 
     Raises VolumeError: empty, unreadable, truncated, 4d, vector, single_slice, too_large, no_spacing.
     """
@@ -62,7 +62,7 @@ def load(path: Path, max_voxels: int = MAX_VOXELS) -> Grid:
     if channels != 1:
         text = f"{' x '.join(map(str, sizes))} voxels of {channels} values each are not one CT volume: split them"
         raise VolumeError("vector", text)
-    shape = volume_shape(sizes, max_voxels)
+    shape = volume_shape(sizes, max_voxels, fewest)
     with np.errstate(over="ignore", invalid="ignore"):
         affine, notes = place(_affine(header, dimensions))
     assumed = () if any(name in header.fields for name in _MATRIX) else ("no TransformMatrix: axes taken as LPS",)

@@ -38,15 +38,16 @@ class _Header:
     pair: bool
 
 
-def load(path: Path, max_voxels: int = MAX_VOXELS) -> Grid:
+def load(path: Path, max_voxels: int = MAX_VOXELS, fewest: int = 2) -> Grid:
     """Voxels with scl_slope and scl_inter applied (integers stay integers where both are whole).
 
-    Memory: the compressed bytes and one volume, and the scaled volume where there is a scale. Raises VolumeError:
-    empty, unreadable, truncated, 4d, vector, single_slice, too_large, no_orientation, no_spacing.
+    Memory: the compressed bytes and one volume, and the scaled volume where there is a scale. With `fewest` 1 one slice
+    is a volume. Raises VolumeError: empty, unreadable, truncated, 4d, vector, single_slice, too_large, no_orientation,
+    no_spacing.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # what a damaged header makes of it is refused by its result
         header = _header(beginning(path, _PEEK))
-        shape = volume_shape(header.shape, max_voxels)
+        shape = volume_shape(header.shape, max_voxels, fewest)
         image = _beside(path) if header.pair else path
         if header.affine is None:
             raise VolumeError(

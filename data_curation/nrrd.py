@@ -58,8 +58,8 @@ class _Header:
     segmentation: bool
 
 
-def load(path: Path, max_voxels: int = MAX_VOXELS) -> Grid:
-    """Voxels as stored. `space` must say where left, back and head are: LPS, RAS or LAS.
+def load(path: Path, max_voxels: int = MAX_VOXELS, fewest: int = 2) -> Grid:
+    """Voxels as stored, of `fewest` slices. `space` must say where left, back and head are: LPS, RAS or LAS.
 
     Raises VolumeError: empty, unreadable, truncated, label, 4d, vector, single_slice, too_large, no_orientation,
     no_spacing.
@@ -67,7 +67,7 @@ def load(path: Path, max_voxels: int = MAX_VOXELS) -> Grid:
     with np.errstate(over="ignore", invalid="ignore"):
         header = _header(path)
         sizes, axes = _axes(header)
-        shape = volume_shape(sizes, max_voxels)
+        shape = volume_shape(sizes, max_voxels, fewest)
         affine, notes = place(_affine(header, axes[:3]))
     return Grid(_voxels(header, shape), affine, as_acquired=bool(notes), notes=notes)
 

@@ -29,7 +29,7 @@ def read(found: Found, limits: Limits = Limits()) -> Volume:  # noqa: B008  (fro
 
 def load(found: Found, limits: Limits = Limits()) -> Grid:  # noqa: B008
     """The voxels as they are stored, and where they lie. Raises VolumeError."""
-    if found.reason:
+    if found.reason and not (found.reason == "single_slice" and limits.min_slices < 2):
         raise VolumeError(found.reason, found.detail)
     try:
         return _load(found, limits)
@@ -51,8 +51,8 @@ def of_grid(grid: Grid, source: str, limits: Limits = Limits()) -> Volume:  # no
 
 def _load(found: Found, limits: Limits) -> Grid:
     if found.kind == "dicom":
-        return dicom.load(found.files, found.frames, limits.phases == "first", limits.max_voxels)
-    return READERS[found.kind](found.path, limits.max_voxels)
+        return dicom.load(found.files, found.frames, limits.phases == "first", limits.max_voxels, limits.min_slices)
+    return READERS[found.kind](found.path, limits.max_voxels, limits.min_slices)
 
 
 def _to_hu(voxels: NDArray[Any], limits: Limits) -> tuple[NDArray[np.int16], float, list[str]]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from data_curation import nifti
 from data_curation.finding import KINDS, parts
 from data_curation.grid import OBLIQUE_DEGREES, Grid, from_image
+from data_curation.rules import Limits
 from data_curation.volumes import Found, Volume, VolumeError, load, of_grid
 from downstream.cases import CaseError, file_ending
 
@@ -192,8 +193,11 @@ def read_labelmap(path: Path) -> LabelMap:
 
 
 def read_scan(found: Found) -> Scan:
-    """The image as every reader of this project sees it, and both grids. VolumeError: see `data_curation.volumes`."""
-    return scan_of(load(found), found.source or found.path.name)
+    """The image as every reader of this project sees it, and both grids; one slice is an image too.
+
+    VolumeError: see `data_curation.volumes`.
+    """
+    return scan_of(load(found, Limits(min_slices=1)), found.source or found.path.name)
 
 
 def scan_of(grid: Grid, source: str) -> Scan:
@@ -216,7 +220,7 @@ def found_at(path: Path) -> Found:
 def _load(found: Found) -> Grid:
     """A label map. Those of NRRD and MetaImage through ITK: our own readers take a segmentation for no image."""
     if found.kind == "nifti":
-        return nifti.load(found.path)
+        return nifti.load(found.path, fewest=1)
     import SimpleITK as sitk
 
     try:

@@ -30,7 +30,7 @@ from downstream.geometry import (
     to_lps,
     write_labelmap,
 )
-from downstream.predict import ending
+from downstream.naming import ending
 
 SPACING = (0.7, 1.3, 2.9)  # x, y, z
 ORDERS = [
@@ -265,3 +265,26 @@ def test_an_oblique_volume_goes_through_the_readers_grid_and_back(tmp_path: Path
     back = align(marked(scan.volume.hu, -500), scan.place, scan.own, "a")
     overlap = 2 * np.count_nonzero(back & (hu > -500)) / (np.count_nonzero(back) + np.count_nonzero(hu > -500))
     assert overlap > 0.98
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+def test_one_slice_is_an_image_and_comes_back_on_its_own_grid(tmp_path: Path, ending: str) -> None:
+    image = sitk.GetImageFromArray(np.arange(20, dtype=np.int16).reshape(1, 4, 5))
+    image.SetSpacing((0.5, 0.75, 5.0))
+    image.SetOrigin((1.0, 2.0, 3.0))
+    path = tmp_path / f"a{ending}"
+    sitk.WriteImage(image, str(path))
+    scan = read_scan(found_at(path))
+    assert scan.volume.hu.shape == (1, 4, 5)
+    assert scan.volume.spacing == (5.0, 0.75, 0.5)
+    write_labelmap(tmp_path / f"b{ending}", from_lps(np.ones((1, 4, 5), np.uint8), scan.own), scan.own, like=path)
+    back = read_labelmap(tmp_path / f"b{ending}")
+    assert difference(back.place, scan.own) == ""
+
+
+def test_one_dicom_slice_is_as_thick_as_its_header_says(real_ct: Path) -> None:
+    (found,) = find(real_ct / "edge_cases/single_slice_128")
+    scan = read_scan(found)
+    assert scan.volume.hu.shape == (1, 128, 128)
+    assert scan.volume.spacing == pytest.approx((5.0, 0.661468, 0.661468))
+    assert scan.volume.hu.min() == -896
