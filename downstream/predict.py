@@ -19,7 +19,7 @@ from pydantic import Field
 from data_curation.finding import KINDS
 from data_curation.volumes import Found, VolumeError
 from downstream.allocator import pages_kept
-from downstream.cases import CaseError
+from downstream.cases import CaseError, file_ending
 from downstream.ensemble import Ensemble, load_models, model_files
 from downstream.inference import Window
 from downstream.naming import Refused, cases, ending, is_data_set
@@ -42,7 +42,11 @@ class Settings(base.Settings):
     )
     images: Path = Field(description="folder of images, or one image; CASE_0000.nii.gz becomes CASE.nii.gz")
     window: Window = Field(Window(), description="how slices are gone over")
-    dicom: Literal["nifti", "seg"] = Field("nifti", description="what a DICOM series gets: a NIfTI file or a DICOM SEG")
+    dicom: Literal["auto", "nifti", "seg"] = Field(
+        "auto",
+        description="what a DICOM series gets: a NIfTI file, or a DICOM SEG; auto: NIfTI, but a SEG where one affine "
+        "cannot say where its slices lie (a tilted gantry, uneven distances)",
+    )
     probabilities: bool = Field(False, description="also CASE.npz with probabilities [heads, k, j, i], as nnU-Net")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
@@ -80,14 +84,14 @@ def _ended(
         csv.writer(file).writerows([("image", "reason", "detail"), *refused])
     for name, reason, detail in refused:
         print(f"not predicted: {name}: {reason}: {detail}")
-    endings = [path_ending for found in images.values() if (path_ending := ending(found[0], settings.dicom)) != ".dcm"]
+    made = [path for name, found in images.items() for path in _paths(settings, name, found) if path.is_file()]
+    endings = [file_ending(path) for path in made if path.suffix != ".dcm"]
     _describe(settings.folder, ensemble, endings)
-    done = sum(
-        (settings.folder / (name + ending(found[0], settings.dicom))).is_file() for name, found in images.items()
-    )
-    print(f"{done} of {done + len(refused)} images have their label map in {settings.folder}")
+    print(f"{len(made)} of {len(made) + len(refused)} images have their label map in {settings.folder}")
+    if settings.dicom == "auto" and (objects := [path.name for path in made if path.suffix == ".dcm"]):
+        print(f"as DICOM SEG, since no NIfTI can say where their slices lie: {', '.join(objects)}")
     following = (f"axial evaluate predictions={settings.folder} labels=LABELS folder={settings.folder}_scores",)
-    return Outcome(made=(str(settings.folder),), next=following if done and endings else (), ok=done > 0)
+    return Outcome(made=(str(settings.folder),), next=following if endings else (), ok=bool(made))
 
 
 def _predict_all(
@@ -97,17 +101,24 @@ def _predict_all(
     refused = []
     mine = list(images.items())[here.rank :: here.size]
     for name, found in progress(mine, len(mine), "predict", "images", active=here.rank == 0):
-        path = settings.folder / (name + ending(found[0], settings.dicom))
+        path, *otherwise = _paths(settings, name, found)
         scores = settings.folder / f"{name}.npz" if settings.probabilities else None
-        if path.is_file() and (scores is None or scores.is_file()):
+        if any(one.is_file() for one in (path, *otherwise)) and (scores is None or scores.is_file()):
             continue
         try:
-            predict_image(ensemble, found, path, settings.window, scores)
+            predict_image(ensemble, found, path, settings.window, scores, *otherwise)
         except VolumeError as fault:
             refused.append((found[0].source or str(found[0].path), fault.reason, str(fault)))
         except CaseError as fault:
             refused.append((found[0].source or str(found[0].path), "channels", str(fault)))
     return refused
+
+
+def _paths(settings: Settings, name: str, found: tuple[Found, ...]) -> list[Path]:
+    """Where the label map of an image goes, and where it goes instead."""
+    path = settings.folder / (name + ending(found[0], settings.dicom))
+    auto = settings.dicom == "auto" and found[0].kind == "dicom"
+    return [path, settings.folder / f"{name}.dcm"] if auto else [path]
 
 
 def _describe(folder: Path, ensemble: Ensemble, endings: Sequence[str]) -> None:

@@ -23,20 +23,28 @@ __all__ = ["label_image", "predict_image"]
 
 
 def predict_image(
-    ensemble: Ensemble, founds: Sequence[Found], path: Path, window: Window, scores: Path | None = None
-) -> None:
+    ensemble: Ensemble,
+    founds: Sequence[Found],
+    path: Path,
+    window: Window,
+    scores: Path | None = None,
+    otherwise: Path | None = None,
+) -> Path:
     """Reads an image, a file a channel, and writes its label map: size, spacing, origin and directions are the first
     file's own. An ending `.dcm` makes a DICOM SEG. `scores` takes the probabilities [heads, k, j, i], as nnU-Net's.
 
-    VolumeError: it cannot be read, or a file with one affine cannot say where its slices lie. CaseError: channels that
-    do not belong together.
+    Where a file with one affine cannot say where the slices of a series lie, `otherwise`, a `.dcm`, is written instead.
+    What was written is returned. VolumeError: it cannot be read, or such slices and no `otherwise`. CaseError: channels
+    that do not belong together.
     """
     channels = ensemble.headers[0].channels
     image = read_image(founds, [channel.kind for channel in channels], [channel.name for channel in channels])
     first, own, seg = founds[0], image.scan.own, path.suffix == ".dcm"
     slices = series_slices(first, own) if first.kind == "dicom" else None
     if slices is not None and not seg and (reason := misplaced(slices, own)):
-        raise VolumeError("misplaced", reason)
+        if otherwise is None:
+            raise VolumeError("misplaced", reason)
+        path, seg = otherwise, True
     if scores is None:
         array = label_image(ensemble, image, window, str(first.path))
     else:
@@ -47,6 +55,7 @@ def predict_image(
         write_seg(path, array, slices, ensemble.labels, ensemble.digest)
     else:
         geometry.write_labelmap(path, array, own, None if first.kind == "dicom" else first.path)
+    return path
 
 
 def label_image(

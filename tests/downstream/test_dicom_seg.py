@@ -163,3 +163,26 @@ def test_predicted_series_become_segmentations(real_ct: Path, tmp_path: Path) ->
     nifti = geometry.read_labelmap(tmp_path / "nifti" / "tiny16_axial_dicom.nii.gz").array
     assert np.array_equal(np.array([0, 1, 5])[seg], nifti)
     assert not (tmp_path / "nifti" / "ge_head_tilt_dicom.nii.gz").exists()
+
+
+def test_a_series_that_no_nifti_can_place_gets_a_segmentation_object(real_ct: Path, tmp_path: Path) -> None:
+    """A lean of 14 degrees; distances of 5 and 10 mm. What was made is not made again."""
+    (tmp_path / "in").mkdir()
+    for name in ("gantrytilt_noise_dicom", "irregular_spacing_noise_dicom"):
+        (tmp_path / "in" / name).symlink_to(real_ct / "edge_cases" / name)
+    model = saved(tmp_path / "m.safetensors", spacing=8.0)
+    given = predict.Settings(folder=tmp_path / "out", model=model, images=tmp_path / "in", device="cpu")
+    assert predict.main(given).ok
+    made = sorted((tmp_path / "out").glob("*.dcm"))
+    assert [path.stem for path in made] == ["gantrytilt_noise_dicom", "irregular_spacing_noise_dicom"]
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+    assert len((tmp_path / "out/refused.csv").read_text().splitlines()) == 1
+    for path in made:
+        source = {pydicom.dcmread(file).SOPInstanceUID for file in (tmp_path / "in" / path.stem).iterdir()}
+        whole = pydicom.dcmread(path)
+        assert {
+            one.ReferencedSOPInstanceUID for one in whole.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        } == source
+    when = [path.stat().st_mtime_ns for path in made]
+    assert predict.main(given).ok
+    assert [path.stat().st_mtime_ns for path in made] == when

@@ -287,7 +287,7 @@ def test_real_scans_keep_their_geometry_or_are_refused(real_ct: Path, tmp_path: 
         (inside / path).parent.mkdir(parents=True, exist_ok=True)
         (inside / path).symlink_to(real_ct / path)
     model = saved(tmp_path / "m.safetensors", spacing=8.0)
-    assert predict.main(settings(tmp_path / "out", model, inside)).ok
+    assert predict.main(settings(tmp_path / "out", model, inside, dicom="nifti")).ok
     found, _ = cases(inside)
     without = set()
     for name, (image,) in found.items():
