@@ -51,7 +51,7 @@ class Bench(Settings):
     size: str = "ti"
     decoder: Literal["pyramid", "linear"] = "pyramid"
     device: str = "cpu"
-    threads: int = 1
+    threads: int = 2
     window: Window = Window()
     repeats: int = 3
     resampled: bool = False
