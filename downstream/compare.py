@@ -201,10 +201,7 @@ def _text(
 
 
 def _interval(row: Paired, digits: int) -> str:
-    if math.isnan(row.difference):
-        return "-"
-    text = f"{row.difference:+.{digits}f}"
-    return text if math.isnan(row.low) else f"{text} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+    return metrics.with_interval(row.difference, row.low, row.high, digits, "+")
 
 
 def _p(value: float) -> str:

@@ -205,12 +205,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def _cell(interval: Mapping[str, float], digits: int) -> str:
-    if math.isnan(interval["mean"]):
-        return "-"
-    text = f"{interval['mean']:.{digits}f}"
-    if math.isnan(interval["low"]):
-        return text
-    return f"{text} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
+    return metrics.with_interval(interval["mean"], interval["low"], interval["high"], digits)
 
 
 def _lines(refused: Mapping[str, str]) -> list[str]:

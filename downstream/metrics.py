@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-__all__ = ["Interval", "Score", "bootstrap", "overall", "score", "scores"]
+__all__ = ["Interval", "Score", "bootstrap", "overall", "score", "scores", "with_interval"]
 
 Mask = NDArray[np.bool_]
 
@@ -162,6 +162,14 @@ def bootstrap(
     each = [_interval(means[o], drawn[:, o], int(counts[o]), level) for o in range(organs)]
     whole = _interval(overall(means), np.array([overall(row) for row in drawn]), int(finite.any(1).sum()), level)
     return each, whole
+
+
+def with_interval(mean: float, low: float, high: float, digits: int, sign: str = "") -> str:
+    """A mean and its interval as text; "-" of none, without the interval where there is none. `sign` is "+" or ""."""
+    if math.isnan(mean):
+        return "-"
+    text = f"{mean:{sign}.{digits}f}"
+    return text if math.isnan(low) else f"{text} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def overall(means: NDArray[np.float64]) -> float:

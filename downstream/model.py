@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pydantic
 import torch
@@ -19,9 +18,10 @@ from torch.nn import functional
 
 from downstream.cases import Labels
 from downstream.channels import Channel, network_channels
+from downstream.choices import Decoder, Tuning
 from downstream.context import Context, Fusion
 from downstream.tuning import install, merged
-from launch.settings import Settings, choice, plugins
+from launch.settings import Settings, plugins
 from pretrain.models.vit import VisionTransformer, VitSettings
 from pretrain.models.vit import build as build_vit
 from pretrain.weights import write_weights
@@ -29,13 +29,6 @@ from pretrain.weights import write_weights
 __all__ = ["Header", "ModelError", "SegmentationModel", "build", "load_model", "save_model"]
 
 FORMAT = "axial segmentation 2"
-
-if TYPE_CHECKING:
-    Decoder = Settings
-    Tuning = Settings
-else:
-    Decoder = choice("downstream.decoders")
-    Tuning = choice("downstream.tuning")
 
 
 class ModelError(ValueError):

@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from downstream.cases import CaseError, Dataset, Split, open_dataset, split, told
 from downstream.channels import ZSCORE, kind_of
+from downstream.choices import Decoder, Tuning
 from downstream.context import Context
 from downstream.decoders import pyramid
 from downstream.fingerprint import Facts, fingerprint, read_facts, table
@@ -38,15 +39,8 @@ from pretrain.released import load_backbone
 
 __all__ = ["PlanError", "Settings", "dry_run", "main", "sided", "wanted_spacing"]
 
-if TYPE_CHECKING:
-    Decoder = base.Settings
-    Tuning = base.Settings
-else:
-    Decoder = base.choice("downstream.decoders")
-    Tuning = base.choice("downstream.tuning")
-
 PLAN, FINGERPRINT = "plan.yaml", "fingerprint.json"
-RESERVE = 0.2  # of the memory, for kernels' scratch space (on a CPU 15 to 20 % were measured), a GPU's context, waste
+RESERVE = 0.2  # of the memory, for kernels' scratch space, a GPU's context, waste
 _WORTH = 1.5  # recomputation costs a third more time: it must allow that many times the patches
 _SIZE = {896: "MedDINOv3's, who found it better than 640"}
 _LONG = {"left": "left", "lt": "left", "right": "right", "rt": "right"}

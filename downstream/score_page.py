@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from downstream import score_pictures
-from downstream.metrics import Score, overall
+from downstream.metrics import Score, overall, with_interval
 
 __all__ = ["Figure", "case_means", "page", "rules"]
 
@@ -109,12 +109,7 @@ def _row(name: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def _interval(value: Mapping[str, Any], digits: int) -> str:
-    if math.isnan(value["mean"]):
-        return "–"
-    text = f"{value['mean']:.{digits}f}"
-    if math.isnan(value["low"]):
-        return text
-    return f"{text} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    return with_interval(value["mean"], value["low"], value["high"], digits)
 
 
 def _cases(scores: Mapping[str, Mapping[str, Score]]) -> list[list[str]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from downstream.augment import Augmentation
 from downstream.cases import Split
+from downstream.choices import Decoder, Tuning
 from downstream.context import Context
 from downstream.decoders import pyramid
 from downstream.inference import Window
@@ -23,13 +24,6 @@ from pretrain.settings import LogSettings
 from pretrain.watchdog import WatchdogSettings
 
 __all__ = ["OptimSettings", "Settings"]
-
-if TYPE_CHECKING:
-    Decoder = base.Settings
-    Tuning = base.Settings
-else:
-    Decoder = base.choice("downstream.decoders")
-    Tuning = base.choice("downstream.tuning")
 
 
 class OptimSettings(base.Settings):

@@ -131,6 +131,5 @@ def report(folder: Path, table: Table, step: int) -> str:
     width = max(len(organ) for organ in rows)
     lines = [f"Dice after {step} steps, {len(table.cases)} validation case(s), on the training grid"]
     for organ, row in rows.items():
-        interval = "" if math.isnan(row.low) else f"  [{row.low:.3f}, {row.high:.3f}]"
-        lines.append(f"  {organ:<{width}}  {'-' if math.isnan(row.mean) else f'{row.mean:.3f}'}{interval}")
+        lines.append(f"  {organ:<{width}}  {metrics.with_interval(row.mean, row.low, row.high, 3)}")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from launch.settings import Settings
 
-__all__ = ["ChannelNorm", "Taps"]
+__all__ = ["ChannelNorm", "Taps", "fill_convolutions"]
 
 
 class Taps(Settings):
@@ -47,3 +47,12 @@ class ChannelNorm(nn.LayerNorm):
         """[B, C, H, W] -> the same shape."""
         last = maps.permute(0, 2, 3, 1)
         return functional.layer_norm(last, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+def fill_convolutions(decoder: nn.Module) -> None:
+    """He normal for a leaky slope of 0.01 and biases of zero, as nnU-Net and MedDINOv3 fill theirs; in place."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight, a=1e-2)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

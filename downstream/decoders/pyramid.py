@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from downstream.decoders import ChannelNorm, Taps
+from downstream.decoders import ChannelNorm, Taps, fill_convolutions
 
 __all__ = ["PyramidDecoder", "Settings", "build"]
 
@@ -40,11 +40,7 @@ class PyramidDecoder(nn.Module):
             width = narrower
         self.stages = nn.Sequential(*stages)
         self.project = nn.Conv2d(width, classes, kernel_size=1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.kaiming_normal_(module.weight, a=1e-2)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        fill_convolutions(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """See the class."""

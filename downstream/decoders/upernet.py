@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from downstream.decoders import ChannelNorm, Taps
+from downstream.decoders import ChannelNorm, Taps, fill_convolutions
 
 __all__ = ["Settings", "UperNetDecoder", "build"]
 
@@ -58,11 +58,7 @@ class UperNetDecoder(nn.Module):
         self.smooth = nn.ModuleList(_convolution(width, width, 3) for _ in range(LEVELS - 1))
         self.fuse = _convolution(LEVELS * width, width, 3)
         self.project = nn.Conv2d(width, classes, kernel_size=1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.kaiming_normal_(module.weight, a=1e-2)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        fill_convolutions(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """See the class."""
