@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import io
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 __all__ = ["aside", "sweep", "sync", "write_parquet"]
 
 _ASIDE = ".part"
+_DAY_S = 86400.0  # nobody writes one file that long
 
 
 @contextmanager
@@ -25,7 +28,7 @@ def aside(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
     One that is not `lasting` may be lost or damaged if the machine itself fails: for what is proven before it is used
     and can be made again. An OSError (disk full, no permission, quota) names the file and what to do.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}{_ASIDE}")
+    part = path.with_name(f".{path.name}.{_host()}.{os.getpid()}{_ASIDE}")
     try:
         with open(part, "wb") as file:
             yield file
@@ -53,10 +56,35 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(folder: Path, name: str = "") -> None:
-    """Removes what a killed process left aside, of one file or of all. Only for what nobody else writes."""
-    for part in folder.glob(f".{glob.escape(name)}*{_ASIDE}"):
+def sweep(folder: Path, name: str = "", shared: bool = False) -> list[Path]:
+    """Removes what a killed process left aside, of one file or of all. What may still be written stays and is returned.
+
+    Where the folder is `shared`, by processes of any machine, only what has certainly been left is taken away: by a
+    process of this machine that is gone, or a day ago. Else nobody but the caller writes there, and nothing stays.
+    """
+    parts = list(folder.glob(f".{glob.escape(name)}*{_ASIDE}"))
+    kept = [part for part in parts if shared and _written(part)]
+    for part in set(parts) - set(kept):
         part.unlink(missing_ok=True)
+    return kept
+
+
+def _host() -> str:
+    """Two machines may write into one folder under one number of a process."""
+    return socket.gethostname().partition(".")[0]
+
+
+def _written(part: Path) -> bool:
+    """May a process still be at it?"""
+    host, pid = part.name.removesuffix(_ASIDE).split(".")[-2:]
+    try:
+        if host == _host() and pid.isdigit():
+            os.kill(int(pid), 0)
+        return time.time() - part.stat().st_mtime < _DAY_S
+    except (ProcessLookupError, OverflowError, FileNotFoundError):
+        return False
+    except PermissionError:  # another user's process lives
+        return True
 
 
 def write_parquet(path: Path, table: pa.Table, lasting: bool = True) -> None:

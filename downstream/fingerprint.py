@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_curation.volumes import VolumeError
 from downstream.cases import CaseError, Dataset, Labels, RawCase
 from downstream.channels import kind_of
 from downstream.geometry import Place
-from downstream.normalisation import ct_window, percentiles
+from downstream.normalisation import ct_window, histogram, percentiles
 from downstream.reading import read_case, source_key
 from downstream.sharing import shared
 from launch.run import write_text
@@ -103,21 +102,13 @@ def _read(case: RawCase, labels: Labels, channels: Sequence[str]) -> Facts:
     voxels = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     inside = (read.label > 0) & (read.label != (-1 if labels.ignore is None else labels.ignore))
     histograms = tuple(
-        _histogram(values[inside]) if kind_of(name) == "ct" else {}
+        histogram(values[inside]) if kind_of(name) == "ct" else {}
         for values, name in zip(read.stored, channels, strict=True)
     )
-    unknown = sorted(set(voxels) - {*labels.values, labels.ignore})
-    listed = [*labels.values, *([] if labels.ignore is None else [labels.ignore])]
-    fault = (
-        f"{case.name}: label value(s) {unknown[:5]} are not in dataset.json, which knows {listed}" if unknown else ""
-    )
+    unnamed = labels.unnamed(voxels)
+    fault = f"{case.name}: {case.label.name} {unnamed}" if unnamed else ""
     z, y, x = read.label.shape
     return Facts(case.name, (z, y, x), read.spacing, orientation(read.own), voxels, histograms, read.notes, fault)
-
-
-def _histogram(values: NDArray[np.int16]) -> dict[int, int]:
-    found, counts = np.unique(values, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def orientation(place: Place) -> str:

@@ -6,7 +6,7 @@ remedy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,14 @@ class Labels:
         """A name for each class index; a value that only regions hold is called `label N`."""
         single = {values[0]: name for name, values in self.organs.items() if len(values) == 1}
         return tuple("background" if value == 0 else single.get(value, f"label {value}") for value in self.values)
+
+    def unnamed(self, present: Iterable[int]) -> str:
+        """What to say of a label with these values, "" where each has a name."""
+        known = [*self.values, *([] if self.ignore is None else [self.ignore])]
+        unknown = sorted(set(present) - set(known))
+        if not unknown:
+            return ""
+        return f"holds label value(s) {unknown[:5]}, dataset.json knows {known}; name them there, or correct the label"
 
     @property
     def heads(self) -> tuple[tuple[int, ...], ...]:

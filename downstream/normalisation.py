@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from downstream.labels import CaseError
 from pretrain.data.window import HuWindow
 
-__all__ = ["ct_window", "percentiles"]
+__all__ = ["ct_window", "histogram", "percentiles"]
+
+
+def histogram(values: NDArray[np.int16]) -> dict[int, int]:
+    """Value -> how often it occurs."""
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def ct_window(histograms: Iterable[Mapping[int, int]]) -> HuWindow:
@@ -38,7 +44,10 @@ def _total(histograms: Iterable[Mapping[int, int]]) -> tuple[NDArray[np.float64]
         for value, count in histogram.items():
             total[value] = total.get(value, 0) + count
     if not total:
-        raise CaseError("no training case has any foreground; use normalisation=pretraining, or check the labels")
+        raise CaseError(
+            "no training case has any foreground to take an HU window of; check the labels, or fine-tune with "
+            "normalisation=pretraining"
+        )
     values = np.array(sorted(total), dtype=np.float64)
     return values, np.array([total[int(value)] for value in values], dtype=np.float64)
 

@@ -1,9 +1,10 @@
 """Cases made ready for training and kept in the run folder: int16 values and class indices on the training grid.
 
 A case is one safetensors file that holds its slices back to back, each compressed by itself: a patch costs one slice,
-however many there are. Files appear by rename; a file is used again if the settings, the images and the label (with the
-voxels beside a header) are those it was made from, and if what it says of itself is what was written. Each slice is
-proven when it is read. The same sources give the same bytes.
+however many there are. Files appear by rename, under a name that holds a key of the settings, the images and the label
+(with the voxels beside a header): runs of any settings, data sets and machines may share a folder, at once too. A file
+is used if what it says of itself is what was written. Each slice is proven when it is read. The same sources give the
+same bytes.
 Intensities are not normalised here: the window may be one of the data set, known only when all cases have been seen.
 """
 
@@ -29,7 +30,7 @@ from data_curation.aside import aside, sweep
 from data_curation.volumes import VolumeError
 from downstream.cases import IGNORE, CaseError, Labels, RawCase, told
 from downstream.channels import ZSCORE, Channel, kind_of
-from downstream.normalisation import ct_window
+from downstream.normalisation import ct_window, histogram
 from downstream.reading import read_case, source_key
 from downstream.sharing import shared
 
@@ -101,43 +102,80 @@ def prepare(
     """All cases, in order. Whatever is wrong with any of them is told together, as a CaseError.
 
     `spacing` is the in-plane mm to resample to, or None; `workers` processes share the cases (0: this one does them);
-    `channels` are the names of the images of a case.
+    `channels` are the names of the images of a case. What another run is at is left to it until all else is done.
+    OSError: `folder` cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, shared=True)
     one = partial(_try, labels=labels, spacing=spacing, folder=folder, channels=channels)
-    results = shared(one, cases, [case.name for case in cases], max(workers, 1), "prepare", active)
+    names, count = [case.name for case in cases], max(workers, 1)
+    results = shared(partial(one, patient=True), cases, names, count, "prepare", active)
+    late = [number for number, result in enumerate(results) if result is None]
+    again = shared(one, [cases[number] for number in late], [names[number] for number in late], count, "again", active)
+    for number, result in zip(late, again, strict=True):
+        results[number] = result
     faults = [result for result in results if isinstance(result, str)]
     if faults:
         raise CaseError(told(f"{len(faults)} of {len(cases)} cases cannot be used", faults))
     return [result for result in results if isinstance(result, Prepared)]
 
 
-def _try(case: RawCase, labels: Labels, spacing: float | None, folder: Path, channels: Sequence[str]) -> Prepared | str:
+def _try(
+    case: RawCase,
+    labels: Labels,
+    spacing: float | None,
+    folder: Path,
+    channels: Sequence[str],
+    patient: bool = False,
+) -> Prepared | str | None:
     try:
-        return prepare_case(case, labels, spacing, folder, channels)
-    except CaseError as fault:
+        return prepare_case(case, labels, spacing, folder, channels, patient)
+    except (CaseError, VolumeError) as fault:
         return str(fault)
     except MemoryError:
         return f"{case.name}: more memory needed than there is; use fewer processes"
-    except (VolumeError, OSError) as fault:
-        return str(fault) if isinstance(fault, VolumeError) else f"{case.name}: {fault}"
 
 
 def prepare_case(
-    case: RawCase, labels: Labels, spacing: float | None, folder: Path, channels: Sequence[str] = ("CT",)
-) -> Prepared:
-    """One case from its files, or from `folder` where it lies ready. CaseError, VolumeError: what is wrong with it."""
-    key = source_key(case, VERSION, list(labels.values), labels.ignore, list(channels), spacing)
-    path = folder / f"{case.name}.safetensors"
+    case: RawCase,
+    labels: Labels,
+    spacing: float | None,
+    folder: Path,
+    channels: Sequence[str] = ("CT",),
+    patient: bool = False,
+) -> Prepared | None:
+    """One case from its files, or from `folder` where it lies ready. CaseError, VolumeError: what is wrong with it.
+
+    With `patient`, None where another process is at this case now. OSError: `folder` cannot be written.
+    """
+    try:
+        key = source_key(case, VERSION, list(labels.values), labels.ignore, list(channels), spacing)
+    except OSError as fault:
+        raise CaseError(f"{case.name}: {fault}") from None
+    path = folder / f"{case.name}.{key}.safetensors"
     ready = _ready(case.name, path, key)
     if ready is not None:
         return ready
-    sweep(folder, path.name)
+    if sweep(folder, path.name, shared=True) and patient:
+        return None
+    with aside(path) as file:  # from now on it shows that this case is being made
+        try:
+            made = _made(case, labels, spacing, channels, key)
+        except OSError as fault:  # of the case's own files: what the folder has against it is told of the folder
+            raise CaseError(f"{case.name}: {fault}") from None
+        file.write(made)
+    ready = _ready(case.name, path, key)
+    assert ready is not None, f"{path} was written just now"
+    return ready
+
+
+def _made(case: RawCase, labels: Labels, spacing: float | None, channels: Sequence[str], key: str) -> bytes:
+    """The file of a case."""
     read = read_case(case, channels)
     classes = _classes(case, labels, read.label)
     inside = (classes > 0) & (classes != IGNORE)
     ct = [kind_of(name) == "ct" for name in channels]
-    histograms = [_histogram(values[inside]) if is_ct else {} for values, is_ct in zip(read.stored, ct, strict=True)]
+    histograms = [histogram(values[inside]) if is_ct else {} for values, is_ct in zip(read.stored, ct, strict=True)]
     z, y, x = read.spacing
     rows, columns = read.stored.shape[2:]
     size = target_size((rows, columns), (y, x), spacing)
@@ -152,20 +190,12 @@ def prepare_case(
         "notes": read.notes,
         "histograms": [list(one.items()) for one in histograms],
     }
-    _write(path, planes, classes, counts, about)
-    made = _ready(case.name, path, key)
-    assert made is not None, f"{path} was written just now"
-    return made
+    return _packed(planes, classes, counts, about)
 
 
-def _write(
-    path: Path,
-    planes: Sequence[NDArray[np.int16]],
-    classes: NDArray[np.uint8],
-    counts: NDArray[np.int64],
-    about: Mapping[str, Any],
-) -> None:
-    """The file, which appears whole or not at all."""
+def _packed(
+    planes: Sequence[NDArray[np.int16]], classes: NDArray[np.uint8], counts: NDArray[np.int64], about: Mapping[str, Any]
+) -> bytes:
     import imagecodecs
 
     packed = [
@@ -181,8 +211,8 @@ def _write(
         "proofs": proofs,
         "slices": np.frombuffer(b"".join(packed), np.uint8),
     }
-    with aside(path) as file:
-        file.write(save(tensors, {"about": text}))
+    whole: bytes = save(tensors, {"about": text})
+    return whole
 
 
 def _proof(about: Mapping[str, Any], *arrays: NDArray[np.int64]) -> str:
@@ -213,13 +243,8 @@ def _ready(name: str, path: Path, key: str) -> Prepared | None:
 def _classes(case: RawCase, labels: Labels, array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Label values -> class indices, IGNORE where the label says so."""
     present = np.flatnonzero(np.bincount(array.ravel(), minlength=256)).tolist()
-    unknown = sorted(set(present) - {*labels.values, labels.ignore})
-    if unknown:
-        raise CaseError(
-            f"{case.name}: {case.label.name} holds label value(s) {unknown[:5]}, dataset.json knows "
-            f"{[*labels.values, *([] if labels.ignore is None else [labels.ignore])]}; name them there, or correct the "
-            "label"
-        )
+    if unnamed := labels.unnamed(present):
+        raise CaseError(f"{case.name}: {case.label.name} {unnamed}")
     table = np.zeros(256, dtype=np.uint8)
     table[list(labels.values)] = np.arange(len(labels.values))
     if labels.ignore is not None:
@@ -256,11 +281,6 @@ def _nearest(classes: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
         for n, side in zip(size, classes.shape[1:], strict=True)
     )
     return np.ascontiguousarray(classes[:, rows[:, None], columns[None, :]])
-
-
-def _histogram(values: NDArray[np.int16]) -> dict[int, int]:
-    found, counts = np.unique(values, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def channel_windows(cases: Sequence[Prepared], channels: Sequence[str]) -> tuple[Channel, ...]:

@@ -44,7 +44,8 @@ def read_case(case: RawCase, channels: Sequence[str]) -> ReadCase:
     except CaseError as fault:
         raise CaseError(f"{case.name}: {fault}") from None
     except VolumeError as fault:
-        raise VolumeError(fault.reason, f"{case.name}: {case.images[0]}: {fault}") from None
+        which = f"{case.images[0]}: " if len(case.images) == 1 else ""  # of several the fault names its own
+        raise VolumeError(fault.reason, f"{case.name}: {which}{fault}") from None
     label, scan = geometry.read_labelmap(case.label), image.scan
     own = geometry.lps(label.place)
     turned = geometry.to_lps(label.array, label.place)
@@ -56,7 +57,10 @@ def read_case(case: RawCase, channels: Sequence[str]) -> ReadCase:
 
 
 def source_key(case: RawCase, *rules: Any) -> str:
-    """Changes when a file of the case (by name, size or time of change) or a rule does. OSError: a file is gone."""
-    paths = [path for one in (*case.images, case.label) for path in geometry.found_at(one).files]
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    """Changes when a file of the case (by place, size or time of change) or a rule does. OSError: a file is gone.
+
+    The place tells data sets apart whose files have the same names, sizes and times.
+    """
+    paths = [path.resolve() for one in (*case.images, case.label) for path in geometry.found_at(one).files]
+    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     return hashlib.sha256(json.dumps([*rules, files]).encode()).hexdigest()[:16]
