@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from data_curation.aside import sweep
 from data_curation.catalogue import CATALOGUE, Case, cases
 from data_curation.dataset import TEST_SET, DataSet
 from data_curation.folds import FOLDS, fold_of
@@ -92,7 +94,7 @@ def main(settings: Settings) -> Outcome:
     entry, plan = CATALOGUE[settings.name], _plan(settings)
     for part in ("imagesTr", "labelsTr", RECORDS, *{f"{kind}{task.part}" for task in plan.tasks for kind in _KINDS}):
         (settings.folder / part).mkdir(parents=True, exist_ok=True)
-        _sweep(settings.folder / part)
+        sweep(settings.folder / part)
     records = _converted(plan.tasks, settings.workers)
     made = [record for record in records if not record.reason]
     refused = plan.refused + [(one.image, one.reason, one.detail) for one in records if one.reason]
@@ -110,7 +112,8 @@ def main(settings: Settings) -> Outcome:
     write_text(settings.folder / "dataset.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
     print(_told(entry, plan, made, refused, folds))
     folder = settings.folder
-    following = f"axial plan dataset={folder} folder=PLANS", f"axial finetune dataset={folder} folder=RUN backbone=FILE"
+    words = (["plan", "folder=PLANS"], ["finetune", "folder=RUN", "backbone=FILE"])
+    following = tuple(shlex.join(["axial", verb, f"dataset={folder}", *more]) for verb, *more in words)
     return Outcome(made=(f"{folder}/dataset.json", f"{folder}/refused.csv"), next=following)
 
 
@@ -198,13 +201,6 @@ def _ending(chosen: Iterable[Case]) -> str:
         if not all(path.is_file() and not is_packed(path) for path in files):
             return ".nii.gz"
     return ".nii"
-
-
-def _sweep(folder: Path) -> None:
-    """Takes away what a killed process left half written."""
-    for path in folder.glob(".*"):
-        if path.is_file() and any(word.isdigit() for word in path.name.split(".")):
-            path.unlink()
 
 
 def _converted(tasks: Sequence[Task], workers: int) -> list[Record]:

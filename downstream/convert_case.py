@@ -6,13 +6,14 @@ A label is linked too where it lies on its image's grid; else it is written anew
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ from numpy.typing import NDArray
 
 from data_curation.aside import aside
 from data_curation.catalogue import CATALOGUE, Case
-from data_curation.rules import unknown_spacing
-from data_curation.volumes import VolumeError
+from data_curation.rules import Limits, unknown_spacing
+from data_curation.volumes import VolumeError, load
 from downstream import geometry
 from downstream.cases import CaseError
 from downstream.convert_labels import merged, pictures
 from downstream.geometry import LabelMap, Place, Scan
-from launch.run import write_text
+from downstream.nifti_file import write_nifti
 
 __all__ = ["RECORDS", "Record", "Task", "convert_case", "is_packed"]
 
@@ -95,16 +96,23 @@ def convert_case(task: Task) -> Record:
             return done
         notes, turned = _convert(task)
     except (CaseError, VolumeError, MemoryError, OSError) as fault:
-        if isinstance(fault, OSError) and fault.filename is not None and task.folder in Path(fault.filename).parents:
-            raise  # what stands against writing stands against all cases
+        if isinstance(fault, OSError) and _stands_against_all(fault, task.folder):
+            raise
         reason = getattr(fault, "reason", "memory" if isinstance(fault, MemoryError) else "label")
         reason = "unreadable" if isinstance(fault, OSError) else reason
         for path in (task.image, task.label, _proof(task)):
             path.unlink(missing_ok=True)
         return Record(*about, key="", reason=reason, detail=str(fault) or "more memory needed than there is")
     record = Record(*about, key=key, notes=tuple(notes), turned=turned, sizes=_sizes(task))
-    write_text(_proof(task), json.dumps(asdict(record), indent=1) + "\n")
+    with aside(_proof(task)) as file:
+        file.write((json.dumps(asdict(record), indent=1) + "\n").encode())
     return record
+
+
+def _stands_against_all(fault: OSError, folder: Path) -> bool:
+    """Is it of what is written, and not of this case's files? A folder that cannot be written fits no case."""
+    below = fault.filename is not None and folder in Path(fault.filename).parents
+    return below or fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def _proof(task: Task) -> Path:
@@ -127,7 +135,9 @@ def _done(task: Task, key: str) -> Record | None:
 def _convert(task: Task) -> tuple[list[str], bool]:
     """Notes, and whether the slices are not the last axis of the file."""
     case = task.case
-    scan = geometry.read_scan(case.image)
+    # Oblique voxels stay where they are: an affine can say so, and resampling is for who reads the file.
+    grid = replace(load(case.image, Limits(min_slices=1)), as_acquired=True)
+    scan = geometry.scan_of(grid, case.image.source or case.image.path.name)
     _spacing(task, scan)
     plain = case.image.kind == "nifti"
     place = scan.own if plain else scan.place
@@ -136,7 +146,7 @@ def _convert(task: Task) -> tuple[list[str], bool]:
     if plain:
         notes += _placed(case.image.path, task.image, task.link)
     else:
-        _write_image(task.image, scan.volume.hu, scan.place)
+        write_nifti(task.image, scan.volume.hu, scan.place.affine)
     if label is None and case.label is not None:
         notes += _placed(case.label, task.label, task.link)
     elif label is not None:
@@ -150,7 +160,7 @@ def _spacing(task: Task, scan: Scan) -> None:
     bogus = task.case.patient in CATALOGUE[task.case.dataset].bogus_spacing
     if task.unknown_spacing or scan.volume.spacing != (1.0, 1.0, 1.0):
         return
-    if bogus or min(scan.volume.hu.shape[1:]) >= unknown_spacing.FULL_SIDE:
+    if bogus or unknown_spacing.lost(scan.volume):
         raise VolumeError(
             "unknown_spacing",
             "1 x 1 x 1 mm: the header has lost the true spacing; take a copy that has it (`axial catalogue "
@@ -217,19 +227,3 @@ def _placed(source: Path, target: Path, link: bool) -> list[str]:
             with gzip.GzipFile("", "wb", 6, out, 0) as squeezed:
                 shutil.copyfileobj(file, squeezed, 1 << 20)
     return note
-
-
-def _write_image(path: Path, hu: NDArray[np.int16], place: Place) -> None:
-    """A volume in LPS as NIfTI; the file appears whole or not at all."""
-    import SimpleITK as sitk
-
-    image = sitk.GetImageFromArray(np.ascontiguousarray(hu))
-    image.SetSpacing(place.spacing)
-    image.SetOrigin(place.affine[:, 3].tolist())
-    image.SetDirection((place.affine[:, :3] / place.spacing).ravel().tolist())
-    own = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        sitk.WriteImage(image, str(own), useCompression=True)
-        os.replace(own, path)
-    finally:
-        own.unlink(missing_ok=True)

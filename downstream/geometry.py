@@ -5,6 +5,7 @@ Arrays are [z, y, x] as files have them (k, j, i); affines take (i, j, k) to mm 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import os
@@ -18,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_curation import nifti
+from data_curation.aside import aside
 from data_curation.finding import KINDS, parts
 from data_curation.grid import OBLIQUE_DEGREES, Grid, from_image
 from data_curation.rules import Limits
 from data_curation.volumes import Found, Volume, VolumeError, load, of_grid
 from downstream.cases import CaseError, file_ending
+from downstream.nifti_file import write_nifti
 
 __all__ = [
     "LabelMap",
@@ -187,8 +190,11 @@ def read_labelmap(path: Path) -> LabelMap:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise CaseError(f"{path}: some label values are NaN or infinite; whole numbers from 0 to 255 are needed")
     low, high = array.min(), array.max()
-    if low < 0 or high > 255 or (array.dtype.kind == "f" and not np.array_equal(array, np.rint(array))):
+    if low < 0 or high > 255:
         raise CaseError(f"{path}: label values run from {low} to {high}; whole numbers from 0 to 255 are needed")
+    if array.dtype.kind == "f" and (uneven := array[array != np.rint(array)]).size:
+        told = f"{uneven.size:,} label values are no whole numbers, such as {float(uneven[0])!r}"
+        raise CaseError(f"{path}: {told}; round them, or write the label again without interpolation")
     return LabelMap(array.astype(np.uint8), place_of(grid))
 
 
@@ -263,17 +269,14 @@ def write_labelmap(path: Path, array: NDArray[np.uint8], place: Place, like: Pat
     free text: ITK would write NIfTI's rotation anew in single precision, and NRRD's with other last digits.
     """
     assert array.shape == place.size[::-1], f"{array.shape} on a grid of {place.size}"
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        packed = path.name.endswith(".gz")
-        copied = _copied(like, packed) if like is not None and _kind(like) == _kind(path) else None
-        if copied is not None:
-            aside.write_bytes(copied(np.ascontiguousarray(array)))
-        else:
-            _write_itk(aside, array, place, like)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    copied = _copied(like, path.name.endswith(".gz")) if like is not None and _kind(like) == _kind(path) else None
+    if copied is not None:
+        with aside(path) as file:
+            file.write(copied(np.ascontiguousarray(array)))
+    elif _kind(path) == "nii":
+        write_nifti(path, array, place.affine)
+    else:
+        _write_itk(path, array, place, like)
 
 
 def _kind(path: Path) -> str:
@@ -295,7 +298,15 @@ def _write_itk(path: Path, array: NDArray[np.uint8], place: Place, like: Path | 
         image.SetDirection((place.affine[:, :3] / spacing).ravel().tolist())
     image.SetSpacing(spacing)
     image.SetOrigin(origin)
-    sitk.WriteImage(image, str(path), useCompression=True)
+    part = path.with_name(f".{os.getpid()}.{path.name}")  # ITK goes by the ending
+    try:
+        sitk.WriteImage(image, str(part), useCompression=True)
+        os.replace(part, path)
+    except RuntimeError as fault:
+        text = f"cannot be written ({str(fault).strip().splitlines()[-1]}); make room, then run the same command again"
+        raise OSError(errno.EIO, text, str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _copied(like: Path, packed: bool) -> Callable[[NDArray[np.uint8]], bytes] | None:

@@ -13,7 +13,7 @@ from pydantic import Field
 from data_curation.grid import Volume, VolumeError
 from launch import settings
 
-__all__ = ["Settings", "apply", "repair"]
+__all__ = ["Settings", "apply", "lost", "repair"]
 
 FULL_SIDE = 512
 
@@ -33,7 +33,7 @@ class Settings(settings.Settings):
 
 def repair(volume: Volume, settings: Settings) -> Volume:
     """The volume with the spacing that the settings know, and a note, where its own was lost."""
-    if settings.assumed_spacing is None or not _lost(volume):
+    if settings.assumed_spacing is None or not lost(volume):
         return volume
     sides = " x ".join(f"{side:g}" for side in settings.assumed_spacing)
     return replace(volume, spacing=settings.assumed_spacing).noted(f"spacing was lost: {sides} mm assumed")
@@ -41,12 +41,13 @@ def repair(volume: Volume, settings: Settings) -> Volume:
 
 def apply(volume: Volume, settings: Settings) -> Volume:
     """The volume; VolumeError `unknown_spacing`."""
-    if settings.unknown_spacing or not _lost(volume):
+    if settings.unknown_spacing or not lost(volume):
         return volume
     height, width = volume.hu.shape[1:]
     text = f"{height} x {width} pixels at exactly 1 x 1 x 1 mm: the header has lost the true spacing, take a copy that"
     raise VolumeError("unknown_spacing", f"{text} has it, set limits.assumed_spacing, or limits.unknown_spacing=true")
 
 
-def _lost(volume: Volume) -> bool:
+def lost(volume: Volume) -> bool:
+    """Does the header say what it says where nothing is known?"""
     return volume.spacing == (1.0, 1.0, 1.0) and min(volume.hu.shape[1:]) >= FULL_SIDE

@@ -200,7 +200,13 @@ def test_labels_that_do_not_overlap_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("values", "what"),
-    [([0.0, 1.5], "whole numbers"), ([0.0, np.nan], "NaN"), ([-1.0, 2.0], "-1.0 to 2.0"), ([0.0, 300.0], "300")],
+    [
+        ([0.0, 1.5], "whole numbers"),
+        ([0.0, 2.000001], r"30 .*such as 2\.00000095"),
+        ([0.0, np.nan], "NaN"),
+        ([-1.0, 2.0], "-1.0 to 2.0"),
+        ([0.0, 300.0], "300"),
+    ],
 )
 def test_label_files_with_wrong_values_are_refused(tmp_path: Path, values: list[float], what: str) -> None:
     array = np.resize(np.array(values, np.float32), (3, 4, 5))
