@@ -12,8 +12,9 @@ from torch import Tensor
 from launch.settings import Settings
 from pretrain.data.window import HuWindow
 
-__all__ = ["SCALE", "ZSCORE", "Channel", "image", "kind_of", "network_channels"]
+__all__ = ["AIR", "SCALE", "ZSCORE", "Channel", "image", "kind_of", "network_channels"]
 
+AIR = -1000  # stored value around a slice smaller than the patch: HU, and elsewhere one deviation below the mean
 SCALE = 1000.0  # a channel that is no CT is kept as thousandths of its own image's deviation, around its mean
 ZSCORE = HuWindow(low=-32 * SCALE, high=32 * SCALE, mean=0.0, std=SCALE)
 
@@ -26,6 +27,14 @@ class Channel(Settings):
     name: str = Field("CT", description="what it is called in dataset.json")
     kind: Kind = Field("ct", description="ct: values are HU; zscore: each image is brought to mean 0 and deviation 1")
     window: HuWindow = Field(description="stored values -> network input; several windows are several channels of it")
+
+    def said(self) -> str:
+        """How it is normalised, in words, for a summary."""
+        if self.kind == "ct":
+            return self.window.said()
+        if self.window == ZSCORE:
+            return "each image's own mean becomes 0 and its deviation one"
+        return self.window.said().replace("HU ", "thousandths of a deviation ")
 
 
 def kind_of(name: str) -> Kind:

@@ -5,24 +5,21 @@ The recipe is MedDINOv3's (arXiv 2509.02379): a decoder over several blocks, two
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
-import torch
-
 from downstream import tuning
 from downstream.cases import CaseError, Dataset, open_dataset, split
 from downstream.crossvalidation import predict_cases, score_maps
-from downstream.model import Header, SegmentationModel, build, save_model
+from downstream.model import Header, SegmentationModel, save_model
 from downstream.prepared import Prepared, prepare
 from downstream.settings import OptimSettings, Settings
-from downstream.training import assemble, run, speaker
+from downstream.training import assemble, outline, run, speaker
 from downstream.validation import Table, joined, read_report, report, validate
 from launch.distributed import World, barrier, world
 from launch.run import Outcome
-from pretrain.models.vit import build as build_vit
-from pretrain.released import load_backbone
 
 __all__ = ["OptimSettings", "Settings", "dry_run", "main"]
 
@@ -34,7 +31,7 @@ def main(settings: Settings) -> Outcome:
     """
     dataset = open_dataset(settings.dataset)
     with world(settings.device) as here:
-        _check(settings, here)
+        _check(settings, dataset, here)
         cases = _prepared(dataset, settings, here)
         runs = _folds(settings)
         tables = [_one(one, dataset, cases, here) for one in runs]
@@ -47,7 +44,8 @@ def main(settings: Settings) -> Outcome:
     names = ("validation.json", "validation.csv", "validation", "scores", "best.safetensors")
     made = [f"{one.folder}/model.safetensors" for one in runs]
     made += [f"{settings.folder}/{name}" for name in names if (settings.folder / name).exists()]
-    return Outcome(made=tuple(made), next=(f"axial predict model={model} images=IMAGES folder=PREDICTIONS",))
+    following = shlex.join(["axial", "predict", f"model={model}", "images=IMAGES", "folder=PREDICTIONS"])
+    return Outcome(made=tuple(made), next=(following,))
 
 
 def _folds(settings: Settings) -> list[Settings]:
@@ -66,7 +64,7 @@ def _folds(settings: Settings) -> list[Settings]:
 
 def _one(settings: Settings, dataset: Dataset, cases: Mapping[str, Prepared], here: World) -> Table | None:
     """One run: the model is written, its validation cases are scored; their table, None where there are none."""
-    training, validation = split([case.name for case in dataset.cases], settings.split, dataset.folder)
+    training, validation = _cut(settings, dataset)
     train_cases, val_cases = [cases[name] for name in training], [cases[name] for name in validation]
     settings.folder.mkdir(parents=True, exist_ok=True)
     barrier()
@@ -92,40 +90,48 @@ def _one(settings: Settings, dataset: Dataset, cases: Mapping[str, Prepared], he
     return table
 
 
-def _check(settings: Settings, here: World) -> None:
-    """What the loop would find out late."""
+def _check(settings: Settings, dataset: Dataset, here: World) -> None:
+    """What would be found out late: when every case is prepared, and the folder holds a run with these settings."""
     each = here.size * settings.accumulate
     if settings.patches.batch_size % each:
         parts = f"{here.size} ranks in {settings.accumulate} parts"
         raise ValueError(f"patches.batch_size {settings.patches.batch_size} cannot be shared by {parts}")
     if here.size > 1 and settings.parallel.sharding != "replicate":
         raise ValueError("finetune copies the model to each rank: set parallel.sharding to replicate")
+    for run_of_fold in _folds(settings):
+        _cut(run_of_fold, dataset)
+    outline(settings, dataset)
+
+
+def _cut(settings: Settings, dataset: Dataset) -> tuple[list[str], list[str]]:
+    """Names of the cases to train on, and of those that validate."""
+    return split([case.name for case in dataset.cases], settings.split, dataset.folder)
 
 
 def _prepared(dataset: Dataset, settings: Settings, here: World) -> dict[str, Prepared]:
-    """Every rank prepares its share; then all find all of them ready."""
+    """Every rank prepares its share; then all find all of them ready.
+
+    Runs of several folds may do so at once into one cache: each begins at another case.
+    """
     cache = settings.cache or settings.folder / "cache"
+    fold, count = settings.split.fold, len(dataset.cases)
+    begin = 0 if fold == "all" else fold * count // settings.split.folds
+    ordered = [*dataset.cases[begin:], *dataset.cases[:begin]]
     one = partial(prepare, labels=dataset.labels, spacing=settings.spacing, folder=cache, channels=dataset.channels)
     workers, first = settings.prepare_workers, here.rank == 0
     if here.size > 1:
-        with suppress(CaseError):  # told below by every rank; here the others would wait for this one
-            one(dataset.cases[here.rank :: here.size], workers=workers, active=first)
+        with suppress(CaseError, OSError):  # told below by every rank; here the others would wait for this one
+            one(ordered[here.rank :: here.size], workers=workers, active=first)
         barrier()
-    found = one(dataset.cases, workers=workers if here.size == 1 else 0, active=first)
+    found = one(ordered, workers=workers if here.size == 1 else 0, active=first)
     return {case.name: case for case in found}
 
 
 def dry_run(settings: Settings) -> str:
     """What a run would be: cases, classes, parameters. No voxel is read."""
     dataset = open_dataset(settings.dataset)
-    first = _folds(settings)[0]
-    training, validation = split([case.name for case in dataset.cases], first.split, dataset.folder)
-    vit = settings.model if settings.backbone is None else load_backbone(settings.backbone)[0].settings
-    with torch.device("meta"):
-        heads = len(dataset.labels.heads)
-        count, tuned = len(dataset.channels), settings.tuning
-        model = build(build_vit(vit), settings.decoder, heads, context=settings.context, channels=count, tuning=tuned)
-    return "\n".join(_lines(settings, dataset, model, len(training), len(validation)))
+    counts = [tuple(map(len, _cut(one, dataset))) for one in _folds(settings)]
+    return "\n".join(_lines(settings, dataset, outline(settings, dataset), *counts[0]))
 
 
 def _lines(settings: Settings, dataset: Dataset, model: SegmentationModel, training: int, validation: int) -> list[str]:
@@ -152,7 +158,7 @@ def _summary(
     spacings = sorted(case.spacing[1] for case in cases)
     lines = _lines(settings, dataset, model, len(cases), validation)
     rule = settings.normalisation if isinstance(settings.normalisation, str) else "given"
-    lines += [f"{channel.name}: {channel.window.said()} ({rule})" for channel in header.channels]
+    lines += [f"{channel.name}: {channel.said()} ({rule})" for channel in header.channels]
     lines.append(f"pixels of {spacings[0]:.3g} to {spacings[-1]:.3g} mm, slices {_slices(cases)}")
     for case in cases:
         lines += [f"  {case.name}: {note}" for note in case.notes]

@@ -31,7 +31,30 @@ from pretrain.parallel import compile_blocks, recompute_blocks, shard
 from pretrain.released import load_backbone
 from pretrain.schedule import Schedule, Schedules
 
-__all__ = ["assemble", "run", "speaker"]
+__all__ = ["assemble", "outline", "run", "speaker"]
+
+
+def outline(settings: Settings, dataset: Dataset) -> SegmentationModel:
+    """The network without its weights, on the meta device: what can be known before a case is read.
+
+    Raises ValueError where settings, backbone and data set do not fit each other.
+    """
+    vit, window = settings.model, None
+    if settings.backbone is not None:
+        loaded, window = load_backbone(settings.backbone, say=_silent)
+        vit = loaded.settings
+    if settings.patches.size % vit.patch_size:
+        raise ValueError(f"patches.size {settings.patches.size} is no multiple of the backbone's {vit.patch_size}")
+    windows = _windows(settings, dataset, window)
+    with torch.device("meta"):
+        return build(
+            build_vit(vit),
+            settings.decoder,
+            len(dataset.labels.heads),
+            context=settings.context,
+            channels=len(dataset.channels) if windows is None else sum(one.channels for one in windows),
+            tuning=settings.tuning,
+        )
 
 
 def assemble(
@@ -39,9 +62,8 @@ def assemble(
 ) -> tuple[SegmentationModel, Header]:
     """The model on the CPU, the same on every rank, and its header; `cases` are those to train on.
 
-    What became of each tensor of the backbone's file is told to `say`.
-
-    Raises ValueError where settings, backbone and data set do not fit each other.
+    What became of each tensor of the backbone's file is told to `say`. Raises ValueError as `outline` does, and where
+    the cases have no foreground to take a window of.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -55,8 +77,6 @@ def assemble(
             channels=network_channels(channels),
             tuning=settings.tuning,
         )
-    if settings.patches.size % backbone.patch_size:
-        raise ValueError(f"patches.size {settings.patches.size} is no multiple of the backbone's {backbone.patch_size}")
     header = Header(
         vit=backbone.settings,
         decoder=settings.decoder,
@@ -89,10 +109,8 @@ def _backbone(settings: Settings, say: Callable[[str], None]) -> tuple[VisionTra
     return backbone, window
 
 
-def _channels(
-    settings: Settings, dataset: Dataset, cases: Sequence[Prepared], window: HuWindow | None
-) -> tuple[Channel, ...]:
-    """How stored values of each channel become the network's input."""
+def _windows(settings: Settings, dataset: Dataset, window: HuWindow | None) -> tuple[HuWindow, ...] | None:
+    """The window of each channel, None where the cases decide; `window` is the one the backbone was pretrained with."""
     names, rule = dataset.channels, settings.normalisation
     if rule == "dataset":
         if window is not None and window.channels > 1:
@@ -100,15 +118,22 @@ def _channels(
                 f"normalisation=dataset is one HU window, and {settings.backbone} was trained on {window.channels} as "
                 "channels; use normalisation=pretraining"
             )
-        return channel_windows(cases, names)
+        return None
     if rule == "pretraining":
         own = window or HuWindow()
-        kinds = [kind_of(name) for name in names]
-        windows = tuple(own if kind == "ct" else ZSCORE for kind in kinds)
-    else:
-        windows = rule
-    if len(windows) != len(names):
-        raise ValueError(f"normalisation lists {len(windows)} window(s), {dataset.name} has channels {list(names)}")
+        return tuple(own if kind_of(name) == "ct" else ZSCORE for name in names)
+    if len(rule) != len(names):
+        raise ValueError(f"normalisation lists {len(rule)} window(s), {dataset.name} has channels {list(names)}")
+    return rule
+
+
+def _channels(
+    settings: Settings, dataset: Dataset, cases: Sequence[Prepared], window: HuWindow | None
+) -> tuple[Channel, ...]:
+    """How stored values of each channel become the network's input."""
+    names, windows = dataset.channels, _windows(settings, dataset, window)
+    if windows is None:
+        return channel_windows(cases, names)
     return tuple(
         Channel(name=name, kind=kind_of(name), window=window) for name, window in zip(names, windows, strict=True)
     )

@@ -224,8 +224,11 @@ def _refuse_others(folder: Path, settings: Settings, free: Collection[str], reme
 
 
 def _has_work(folder: Path) -> bool:
-    """Is there more than the record, and a cluster's, of a start that failed before it made anything?"""
-    made = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != "jobs")
+    """Is there more than the record, and a cluster's, of a start that failed before it made anything?
+
+    A cache is nothing made: what is in it says what it is of, and serves other settings as well.
+    """
+    made = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in ("jobs", "cache"))
     return any(path.name not in OWN and path.is_file() and path.stat().st_size for path in made)
 
 

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from data_curation.volumes import Found, VolumeError, find
 from downstream.cases import IGNORE, CaseError, Dataset, Split, open_dataset, read_labels, split
-from downstream.channels import SCALE, ZSCORE
+from downstream.channels import SCALE, ZSCORE, Channel
+from downstream.context import Context
 from downstream.geometry import found_at
 from downstream.images import read_image
 from downstream.prepared import Prepared, channel_windows, prepare, prepare_case
 from launch.settings import load
+from pretrain.data.window import HuWindow
 
 SPACING = (1.5, 1.25, 4.0)
 
@@ -216,6 +218,7 @@ REGIONS = {"background": 0, "kidney": [1, 2, 3], "masses": [2, 3], "tumour": 2}
         ({"labels": REGIONS, "regions_class_order": ["x", 1, 2]}, "neither a number nor a list"),
         ({"dataset": ["case_0"]}, "is no table"),
         ({"dataset": {"case_0": {"images": "a", "label": "b"}}}, "its entry in `dataset`"),
+        ({"dataset": {"a/b": {"images": ["a", "b"], "label": "c"}}}, "a/b: a case is called as its files will be"),
         ({"dataset": {"case_0": {"images": ["$AXIAL_NOWHERE/a.nii.gz"], "label": "b"}}}, "is not set"),
     ],
 )
@@ -271,6 +274,8 @@ def test_nnunets_splits_are_followed(tmp_path: Path) -> None:
         split(["a", "d"], Split(folds=2), tmp_path)
     with pytest.raises(CaseError, match="is not there"):
         split(names, Split(file=tmp_path / "x.json", folds=2))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Windows' editors write it
+    assert split(names, Split(fold=1, folds=2), tmp_path) == (["c"], ["a"])
     for text, what in (
         ('[{"train": ["a"], "val": ["a"]}]', "both to train on and to validate"),
         ('[{"train": [], "val": ["a"]}]', "no case to train on"),
@@ -281,6 +286,27 @@ def test_nnunets_splits_are_followed(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(CaseError, match=what):
             split(names, Split(folds=1), tmp_path)
+
+
+def test_a_bad_second_channel_is_told_under_its_own_name(folder: Path, tmp_path: Path) -> None:
+    (folder / "imagesTr/case_0_0001.nii.gz").write_bytes(b"")
+    with pytest.raises(VolumeError, match=r"^case_0: channel PET \(case_0_0001\.nii\.gz\): (?!.*_0000)"):
+        prepare_case(open_dataset(folder).cases[0], open_dataset(folder).labels, None, tmp_path, ("CT", "PET"))
+
+
+def test_only_ct_is_told_as_hu() -> None:
+    window = HuWindow(low=-1000, high=1000, mean=0, std=500)
+    assert Channel(window=window).said() == "HU -1000 to 1000, 0.0 becomes 0 and 500.0 one"
+    assert Channel(name="MR", kind="zscore", window=ZSCORE).said() == (
+        "each image's own mean becomes 0 and its deviation one"
+    )
+    assert Channel(name="MR", kind="zscore", window=window).said().startswith("thousandths of a deviation -1000 to")
+
+
+def test_the_distance_of_neighbours_needs_neighbours() -> None:
+    assert Context(slices=1, mm=3.0).size == 3
+    with pytest.raises(ValueError, match=r"mm=3 .*set slices=1"):
+        Context(mm=3.0)
 
 
 def test_the_fold_is_a_number_or_all() -> None:

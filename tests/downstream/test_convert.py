@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,9 @@ def test_kits_has_the_regions_that_the_challenge_scores(tmp_path: Path) -> None:
 def test_files_are_linked_or_copied_as_they_are(tmp_path: Path) -> None:
     grow("msd_liver", tmp_path / "root")
     for link in (True, False):
-        folder = tmp_path / f"link_{link}"
-        main(settings("msd_liver", tmp_path / "root", folder, link=link))
+        folder = tmp_path / f"link {link}"
+        outcome = main(settings("msd_liver", tmp_path / "root", folder, link=link))
+        assert [shlex.split(line)[2] for line in outcome.next] == [f"dataset={folder}"] * 2, "a shell can read them"
         for case in open_dataset(folder).cases:
             source = tmp_path / "root/Task03_Liver/imagesTr" / f"{case.name}.nii.gz"
             assert case.images[0].samefile(source) == link

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -68,9 +69,9 @@ def settings(folder: Path, dataset: Path, **changes: Any) -> finetune.Settings:
 
 @pytest.fixture(scope="module")
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("a run")
     outcome = finetune.main(settings(folder, dataset))
-    assert outcome.ok
+    assert outcome.ok and shlex.split(outcome.next[0])[2] == f"model={folder}/model.safetensors"
     assert all(Path(path).exists() for path in outcome.made)
     return folder
 
@@ -135,11 +136,18 @@ def test_other_settings_in_the_same_folder_are_refused(trained: Path, dataset: P
         ({"patches": {"size": 30}}, "no multiple of the backbone's 8"),
         ({"decoder": {"kind": "pyramid"}}, "reads 4 blocks, the backbone has 2"),
         ({"split": {"val": ["nobody"]}}, "nobody"),
+        ({"split": {"fold": "all", "folds": 9}}, "cannot make 9 folds"),
+        ({"backbone": "/nowhere.pth"}, "nowhere"),
+        ({"normalisation": [{"low": -160, "high": 240, "mean": 0, "std": 100}] * 2}, r"lists 2 window\(s\)"),
     ],
 )
-def test_mistakes_are_found_before_training(dataset: Path, tmp_path: Path, changes: dict[str, Any], what: str) -> None:
-    with pytest.raises(ValueError, match=what):
-        finetune.main(settings(tmp_path, dataset, **changes))
+@pytest.mark.parametrize("run", [finetune.main, finetune.dry_run])
+def test_mistakes_are_found_before_a_case_is_read(
+    dataset: Path, tmp_path: Path, run: Any, changes: dict[str, Any], what: str
+) -> None:
+    with pytest.raises((ValueError, OSError), match=what):
+        run(settings(tmp_path, dataset, **changes))
+    assert not list(tmp_path.iterdir()), "the folder may be used with other settings"
 
 
 def test_frozen_backbone_stays_and_decoder_moves(trained: Path, dataset: Path, tmp_path: Path) -> None:

@@ -84,6 +84,16 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     assert len(starts(tmp_path)) == 1
 
 
+def test_a_folder_with_nothing_but_a_cache_takes_other_settings(tmp_path: Path) -> None:
+    open_run(tmp_path, Run(folder=tmp_path), [])
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/case").write_text("made ready")
+    open_run(tmp_path, Run(folder=tmp_path, lr=0.5), [])
+    (tmp_path / "weights").write_text("learnt")
+    with pytest.raises(RunError, match="holds a run with other settings"):
+        open_run(tmp_path, Run(folder=tmp_path), [])
+
+
 def test_free_settings_may_change_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     open_run(Path("a"), Run(folder=Path("a")), [])
