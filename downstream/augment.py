@@ -1,8 +1,8 @@
 """Cuts a training patch out of a slice and distorts it: nnU-Net's 2D recipe, from the sample's own random numbers.
 
 Cut, rotation, scaling and mirroring are one sampling of the slice, so a patch is interpolated at most once, and not at
-all when it is neither turned nor scaled. Intensities are changed after normalisation (z-scores), as in nnU-Net, by
-MONAI's transforms.
+all when it is neither turned nor scaled. Intensities are changed after normalisation (z-scores), as in nnU-Net: blur,
+contrast and gamma by MONAI's transforms, noise, brightness and low resolution here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
+from downstream.channels import AIR
 from launch import settings as base
 
 __all__ = ["Augmentation", "Placement", "cut_image", "cut_label", "distort", "off", "place"]
 
 Range = tuple[float, float]
 Number = TypeVar("Number", bound=np.generic)
-
-AIR = -1000.0  # what lies outside of an image: HU, and of other channels one deviation below the mean
 
 
 def _probability(default: float, what: str) -> float:
@@ -37,7 +36,9 @@ class Augmentation(base.Settings):
     """Ranges and chances; the defaults are nnU-Net's for 2D, which MedDINOv3 used. All chances 0: plain patches."""
 
     flip: tuple[Literal["y", "x"], ...] = Field(
-        ("y", "x"), description="mirrored axes; leave x out where left and right are different labels"
+        ("y", "x"),
+        description="mirrored axes; none, [], where left and right are different labels: a mirrored y, turned by 180 "
+        "degrees, is a mirrored x",
     )
     flip_p: float = _probability(0.5, "mirroring, for each axis")
     rotate_degrees: float = Field(180.0, ge=0, le=180, description="largest rotation, either way")

@@ -146,6 +146,9 @@ def _listed(table: Any, path: Path, channels: int, faults: list[str]) -> list[Ra
         raise CaseError(f'{path}: `dataset` is no table {{CASE: {{"images": [paths], "label": path}}}}')
     cases = []
     for name, entry in sorted(table.items()):
+        if Path(name).name != name:
+            faults.append(f"{name}: a case is called as its files will be, without a folder; rename it in `dataset`")
+            continue
         images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
         given: list[Any] = [*images, label] if isinstance(images, list) else []
         if len(given) < 2 or not all(isinstance(one, str) for one in given):
@@ -163,7 +166,7 @@ def _listed(table: Any, path: Path, channels: int, faults: list[str]) -> list[Ra
                 f"{name}: {len(files) - 1} image(s) in `dataset`, and dataset.json names {channels} channel(s)"
             )
         else:
-            cases.append(RawCase(str(name), tuple(files[:-1]), files[-1]))
+            cases.append(RawCase(name, tuple(files[:-1]), files[-1]))
     return cases
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from launch.settings import Settings
@@ -20,6 +20,12 @@ class Context(Settings):
     mm: float | None = Field(
         None, gt=0, description="distance of one neighbour to the next; null: as slices are stored"
     )
+
+    @model_validator(mode="after")
+    def _distance_of_something(self) -> Context:
+        if self.mm is not None and not self.slices:
+            raise ValueError(f"mm={self.mm:g} is the distance of neighbours, and slices=0 sees none; set slices=1")
+        return self
 
     @property
     def size(self) -> int:

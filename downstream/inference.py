@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from downstream.cases import Labels
-from downstream.channels import image, network_channels
+from downstream.channels import AIR, image, network_channels
 from downstream.context import neighbours
 from downstream.model import Header, ModelError, SegmentationModel
 from downstream.prepared import target_size
@@ -28,7 +28,6 @@ from launch.settings import Settings
 
 __all__ = ["Window", "decided", "head_scores", "predict_volume", "probabilities", "volume_scores", "windows_at_once"]
 
-AIR = -1000  # stored value around a slice that is smaller than the patch, as in training
 PIECE = 64 << 20  # bytes of logits that are brought back to the volume's grid at a time
 CACHED = 512**2  # pixels that go through the network at a time on a CPU
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,7 @@ PLAN, FINGERPRINT = "plan.yaml", "fingerprint.json"
 RESERVE = 0.2  # of the memory, for kernels' scratch space, a GPU's context, waste
 _WORTH = 1.5  # recomputation costs a third more time: it must allow that many times the patches
 _SIZE = {896: "MedDINOv3's, who found it better than 640"}
-_LONG = {"left": "left", "lt": "left", "right": "right", "rt": "right"}
-_SHORT = {"l": "left", "r": "right"}
+_LONG, _SHORT = frozenset(("left", "lt", "right", "rt")), frozenset("lr")
 
 
 class PlanError(ValueError):
@@ -97,8 +97,8 @@ def main(settings: Settings) -> Outcome:
     print(table(found))
     if faults:
         print(told(f"{len(faults)} of {len(cases)} cases cannot be used; finetune will refuse the data set", faults))
-    following = f"axial finetune {made} folder=RUN" + ("" if settings.backbone else " backbone=FILE")
-    return Outcome((f"{settings.folder}/{FINGERPRINT}", str(made)), (following,), ok=not faults)
+    following = ["axial", "finetune", str(made), "folder=RUN", *([] if settings.backbone else ["backbone=FILE"])]
+    return Outcome((f"{settings.folder}/{FINGERPRINT}", str(made)), (shlex.join(following),), ok=not faults)
 
 
 def dry_run(settings: Settings) -> str:
@@ -256,7 +256,8 @@ def _flip(organs: Iterable[str]) -> Choice:
     names = sided(organs)
     if not names:
         return Choice(["y", "x"], "no organ is named left or right")
-    return Choice(["y"], f"not x, from left to right: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
+    some = f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+    return Choice([], f"left and right are told apart ({some}), and a mirrored y, turned around, is a mirrored x")
 
 
 def sided(organs: Iterable[str]) -> list[str]:

@@ -104,7 +104,7 @@ def _from_file(path: Path, fold: int, folds: int, names: Sequence[str]) -> tuple
 def read_folds(path: Path) -> list[tuple[list[str], list[str]]]:
     """(train, val) of each fold of nnU-Net's splits_final.json. CaseError: it is none."""
     try:
-        listed: Any = json.loads(path.read_text(encoding="utf-8"))
+        listed: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CaseError(f"split.file: {path} is not there; give nnU-Net's {SPLITS}, or leave it out") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as fault:

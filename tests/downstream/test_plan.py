@@ -73,8 +73,8 @@ def test_a_plan_is_settings_with_reasons_that_train(
     assert "the median slice of 384 mm" in text
     assert planned.patches.size == 64
     assert planned.patches.batch_size == 12
-    assert planned.augmentation.flip == ("y",)
-    assert "# flip: not x, from left to right: kidney_left, kidney_right" in text
+    assert planned.augmentation.flip == ()
+    assert "# flip: left and right are told apart (kidney_left, kidney_right" in text
     assert planned.split == Split(fold=0)
     for name in ("spacing", "patches", "precision", "parallel", "normalisation", "augmentation", "split"):
         assert text.splitlines()[[line.split(":")[0] for line in text.splitlines()].index(name) - 1].startswith("#")
@@ -152,7 +152,7 @@ def test_bad_cases_are_named_and_the_others_are_planned_for(
     assert not outcome.ok
     shown = capsys.readouterr().out
     assert "2 of 6 cases cannot be used" in shown
-    assert "phantom_0003: label value(s) [77] are not in dataset.json, which knows [0, 1, 2, 3]" in shown
+    assert "phantom_0003.nii.gz holds label value(s) [77], dataset.json knows [0, 1, 2, 3]" in shown
     found = json.loads((tmp_path / "plans/fingerprint.json").read_text())
     assert set(found["refused"]) == {"phantom_0003", "phantom_0004"}
     assert load(FinetuneSettings, tmp_path / "plans/plan.yaml", ["folder=x"]).patches.size == 64
