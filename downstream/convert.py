@@ -27,7 +27,7 @@ from downstream.sharing import shared
 from downstream.splits import SPLITS
 from launch import settings as base
 from launch.documents import near
-from launch.run import Outcome, write_text
+from launch.run import Outcome, command, write_text
 
 __all__ = ["REGIONS", "ConvertError", "Regions", "Settings", "dry_run", "main"]
 
@@ -110,7 +110,8 @@ def main(settings: Settings) -> Outcome:
     write_text(settings.folder / "dataset.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
     print(_told(entry, plan, made, refused, folds))
     folder = settings.folder
-    following = f"axial plan dataset={folder} folder=PLANS", f"axial finetune dataset={folder} folder=RUN backbone=FILE"
+    given = f"dataset={folder}"
+    following = command("plan", given, "folder=PLANS"), command("finetune", given, "folder=RUN", "backbone=FILE")
     return Outcome(made=(f"{folder}/dataset.json", f"{folder}/refused.csv"), next=following)
 
 
