@@ -19,8 +19,8 @@ from downstream.prepared import Prepared, prepare
 from downstream.settings import OptimSettings, Settings
 from downstream.training import assemble, run, speaker
 from downstream.validation import Table, joined, read_report, report, validate
-from launch.distributed import World, barrier, world
-from launch.run import Outcome
+from launch.distributed import WAIT_S, World, barrier, world
+from launch.run import Outcome, command
 from pretrain.models.vit import build as build_vit
 from pretrain.released import load_backbone
 
@@ -33,7 +33,7 @@ def main(settings: Settings) -> Outcome:
     With `split.fold=all` every fold is a run of its own in fold_N, one after the other; what is finished stays.
     """
     dataset = open_dataset(settings.dataset)
-    with world(settings.device) as here:
+    with world(settings.device, WAIT_S) as here:
         _check(settings, here)
         cases = _prepared(dataset, settings, here)
         runs = _folds(settings)
@@ -47,7 +47,9 @@ def main(settings: Settings) -> Outcome:
     names = ("validation.json", "validation.csv", "validation", "scores", "best.safetensors")
     made = [f"{one.folder}/model.safetensors" for one in runs]
     made += [f"{settings.folder}/{name}" for name in names if (settings.folder / name).exists()]
-    return Outcome(made=tuple(made), next=(f"axial predict model={model} images=IMAGES folder=PREDICTIONS",))
+    return Outcome(
+        made=tuple(made), next=(command("predict", f"model={model}", "images=IMAGES", "folder=PREDICTIONS"),)
+    )
 
 
 def _folds(settings: Settings) -> list[Settings]:
