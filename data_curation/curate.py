@@ -38,7 +38,7 @@ from data_curation.settings import Settings, Source, Splits
 from data_curation.shards import Shard
 from data_curation.work import known, scan_all, write_all
 from launch.crew import Crew, Workers, workers_for
-from launch.run import Outcome
+from launch.run import Outcome, command
 
 __all__ = ["CurateError", "Settings", "Source", "Splits", "dry_run", "main"]
 
@@ -189,4 +189,6 @@ def _finish(
         return Outcome((), (f"every file was refused: read {folder / REFUSALS}",), ok=False)
     what = f"{facts['slices']:,} slices of {facts['volumes']:,} volumes in {len(planned.shards)} shards"
     made = f"{folder}: {what}, {facts['bytes'] / 1e6:,.1f} MB"
-    return Outcome((made,), (f"axial report folder={folder}", f"axial pretrain CONFIG.yaml data.corpus={folder}"))
+    return Outcome(
+        (made,), (command("report", f"folder={folder}"), command("pretrain", "CONFIG.yaml", f"data.corpus={folder}"))
+    )

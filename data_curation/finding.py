@@ -59,7 +59,7 @@ class Found:
 
 
 def find(root: Path, skipped: Counter[str] | None = None) -> Iterator[Found]:
-    """Everything below `root` that could be an image, folder by folder in sorted order.
+    """Everything below `root` that could be an image, folder by folder in sorted order; of one file, what is in it.
 
     Links to folders are followed once each. Files that are no images by name or first bytes are counted in `skipped`
     by their ending; what should be an image and cannot be opened is yielded with its reason. DICOM comes last, since
@@ -68,7 +68,9 @@ def find(root: Path, skipped: Counter[str] | None = None) -> Iterator[Found]:
     skipped = Counter() if skipped is None else skipped
     headers: list[Header] = []
     seen: dict[Any, Any] = {}
-    for folder, names, problems in _walk(root):
+    walked = [(root.parent, [root.name], [])] if root.is_file() else _walk(root)
+    root = root.parent if root.is_file() else root
+    for folder, names, problems in walked:
         for path, detail in problems:
             source = _relative(path, root)
             yield Found(path, (path,), "nifti", source, source, reason="unreadable", detail=detail)

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_curation.finding import KINDS
 from data_curation.grid import Grid, from_image
-from data_curation.volumes import Found, VolumeError, find
-from downstream.cases import CaseError, file_ending
+from data_curation.volumes import VolumeError
+from downstream.cases import CaseError
 from downstream.dicom_seg import misplaced, series_slices
 from downstream.ensemble import Ensemble, load_models
-from downstream.geometry import Place, found_at
+from downstream.geometry import Place
 from downstream.images import image_of, read_image
 from downstream.inference import Window
+from downstream.naming import one_image
 from downstream.predicting import label_image
 
 __all__ = ["Segmenter", "load"]
@@ -66,7 +66,7 @@ class Segmenter:
             raise CaseError(f"{len(given)} image(s) for a model of {len(names)} channel(s): {', '.join(names)}")
         what = "image"
         if isinstance(given[0], str | Path):
-            founds = [_found(Path(path)) for path in given]
+            founds = [one_image(Path(path), name) for path, name in zip(given, names, strict=True)]
             read, what = read_image(founds, kinds, names), str(given[0])
             if founds[0].kind == "dicom" and (
                 reason := misplaced(series_slices(founds[0], read.scan.own), read.scan.own)
@@ -76,23 +76,6 @@ class Segmenter:
             read = image_of([_grid(one, spacing) for one in given], kinds, names)
         array = label_image(self.ensemble, read, self.window, what)
         return array if isinstance(given[0], np.ndarray) else _as_image(array, read.scan.own, given[0])
-
-
-def _found(path: Path) -> Found:
-    """The one image at a path."""
-    if path.is_file() and file_ending(path).lower() in KINDS:
-        return found_at(path)
-    if path.is_file():  # perhaps a multi-frame DICOM file
-        several = [found for found in find(path.parent) if found.files == (path,)]
-    elif path.is_dir():
-        several = list(find(path))
-    else:
-        raise CaseError(f"{path} is not there")
-    usable = [found for found in several if not found.reason] or several
-    if len(usable) != 1:
-        named = ", ".join(found.source or found.path.name for found in usable[:5])
-        raise CaseError(f"{path} holds {len(usable)} images ({named or 'none'}); give one, or use `axial predict`")
-    return usable[0]
 
 
 def _grid(image: Any, spacing: Sequence[float] | None) -> Grid:

@@ -20,6 +20,7 @@ from downstream.labels import EXAMPLE, IGNORE, CaseError, Labels, parse_labels, 
 from downstream.splits import Split, split
 
 __all__ = [
+    "CHANNEL",
     "IGNORE",
     "CaseError",
     "Dataset",
@@ -37,7 +38,7 @@ __all__ = [
 
 # nnU-Net's names of normalisations that a network here cannot be given; any name but CT is another kind of image.
 _REFUSED = ("nonorm", "rescale_to_0_1", "rgb_to_0_1")
-_CHANNEL = re.compile(r"(.*)_(\d{4})")
+CHANNEL = re.compile(r"(.+)_(\d{4})")  # name of a file of one of several channels: case, number
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _paired(folder: Path, endings: tuple[str, ...], channels: tuple[str, ...], f
             cases.append(RawCase(name, tuple(images[key] for key in keys), label))
     alone: dict[str, Path] = {}
     for key in sorted(set(images) - used):
-        numbered = _CHANNEL.fullmatch(key)
+        numbered = CHANNEL.fullmatch(key)
         if numbered is not None and numbered[1] in marks:
             faults.append(
                 f"{numbered[1]}: {images[key].name} is a channel that dataset.json does not name, it names "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from downstream.sharing import shared
 from downstream.splits import SPLITS
 from launch import settings as base
 from launch.documents import near
-from launch.run import Outcome, write_text
+from launch.run import Outcome, command, write_text
 
 __all__ = ["REGIONS", "ConvertError", "Regions", "Settings", "dry_run", "main"]
 
@@ -112,8 +111,8 @@ def main(settings: Settings) -> Outcome:
     write_text(settings.folder / "dataset.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
     print(_told(entry, plan, made, refused, folds))
     folder = settings.folder
-    words = (["plan", "folder=PLANS"], ["finetune", "folder=RUN", "backbone=FILE"])
-    following = tuple(shlex.join(["axial", verb, f"dataset={folder}", *more]) for verb, *more in words)
+    given = f"dataset={folder}"
+    following = command("plan", given, "folder=PLANS"), command("finetune", given, "folder=RUN", "backbone=FILE")
     return Outcome(made=(f"{folder}/dataset.json", f"{folder}/refused.csv"), next=following)
 
 

@@ -26,7 +26,7 @@ from downstream import geometry
 from downstream.picture import Row, draw, pca_colours
 from launch import cli
 from launch.progress import Progress
-from launch.run import Outcome
+from launch.run import Outcome, command
 from launch.settings import Settings as Base
 from pretrain.data.window import HuWindow
 from pretrain.models.vit import VisionTransformer
@@ -81,7 +81,9 @@ def main(settings: Settings) -> Outcome:
         print(f"  {organ:<20}{value:.3f}  {'#' * round(40 * value)}")
     print(f"  {'mean':<20}{np.mean(list(dice.values())):.3f}")
     made = (str(picture), str(corpus / "report.html"), str(model), str(scores / "scores.html"))
-    return Outcome(made=made, next=(f"axial status folder={root}", "axial curate --help, with your own CT folders"))
+    return Outcome(
+        made=made, next=(command("status", f"folder={root}"), "axial curate --help, with your own CT folders")
+    )
 
 
 def _phantoms(settings: Settings, root: Path, labelled: Path) -> None:

@@ -23,7 +23,7 @@ from data_curation.finding import Found, find
 from downstream import cases, metrics, score_page, score_pictures, scoring
 from downstream.sharing import shared
 from launch import settings as base
-from launch.run import Outcome, write_text
+from launch.run import Outcome, command, write_text
 
 __all__ = ["Settings", "main", "table"]
 
@@ -78,9 +78,11 @@ def main(settings: Settings) -> Outcome:
     refused = {name: result.removeprefix(f"{name}: ") for name, result in results if isinstance(result, str)}
     if not found:
         raise cases.CaseError(cases.told(f"none of the {len(common)} case(s) can be scored", _lines(refused)))
+    lacking = sorted(set(labelled) - set(predicted))
+    objects = [name for name in lacking if (settings.predictions / f"{name}.dcm").is_file()]
     summary = _summary(found, labels, tolerance, settings) | {
-        "refused": refused,
-        "without_prediction": sorted(set(labelled) - set(predicted)),
+        "refused": refused | {name: f"{name}.dcm is a DICOM SEG, which is not scored" for name in objects},
+        "without_prediction": [name for name in lacking if name not in objects],
         "without_label": sorted(set(predicted) - set(labelled)),
     }
     _write(settings.folder, found, summary)
@@ -90,7 +92,7 @@ def main(settings: Settings) -> Outcome:
     print(table(summary))
     print(_unscored(summary), end="")
     made = tuple(str(settings.folder / name) for name in ("metrics.csv", "summary.json", "scores.html"))
-    following = (f"axial compare first={settings.folder} second=OTHER_SCORES folder=COMPARISON",)
+    following = (command("compare", f"first={settings.folder}", "second=OTHER_SCORES", "folder=COMPARISON"),)
     return Outcome(made=made, next=following, ok=not refused)
 
 
@@ -140,10 +142,11 @@ def _worst(
 ) -> tuple[list[score_page.Figure], list[score_page.Figure]]:
     """Pictures of the cases with the lowest Dice, over all organs and of each; those of Dice 1 show nothing."""
     means = {name: score_page.case_means(row)[0] for name, row in found.items()}
-    order = sorted((mean, name) for name, mean in means.items() if mean < 1)[: settings.worst]
+    order = sorted((mean, name) for name, mean in means.items() if mean < 1)[: settings.worst]  # NaN is not below 1
     wanted = [(name, "", f"{name}: mean Dice {mean:.3f}") for mean, name in order]
-    organs = sorted((row["dice"]["mean"], organ) for organ, row in summary["organs"].items() if organ != "mean")
-    for _, organ in [pair for pair in organs if pair[0] < 1][: settings.worst_organs]:
+    overall = {organ: row["dice"]["mean"] for organ, row in summary["organs"].items() if organ != "mean"}
+    organs = sorted((mean, organ) for organ, mean in overall.items() if mean < 1)
+    for _, organ in organs[: settings.worst_organs]:
         scored = [(row[organ].dice, -row[organ].hd95, name) for name, row in found.items() if row[organ].dice < 1]
         dice, far, name = min(scored)
         wanted.append((name, organ, f"{organ}, {name}: Dice {dice:.3f}, HD95 {-far:.1f} mm"))

@@ -5,7 +5,6 @@ The recipe is MedDINOv3's (arXiv 2509.02379): a decoder over several blocks, two
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -18,8 +17,8 @@ from downstream.prepared import Prepared, prepare
 from downstream.settings import OptimSettings, Settings
 from downstream.training import assemble, outline, run, speaker
 from downstream.validation import Table, joined, read_report, report, validate
-from launch.distributed import World, barrier, world
-from launch.run import Outcome
+from launch.distributed import WAIT_S, World, barrier, world
+from launch.run import Outcome, command
 
 __all__ = ["OptimSettings", "Settings", "dry_run", "main"]
 
@@ -30,7 +29,7 @@ def main(settings: Settings) -> Outcome:
     With `split.fold=all` every fold is a run of its own in fold_N, one after the other; what is finished stays.
     """
     dataset = open_dataset(settings.dataset)
-    with world(settings.device) as here:
+    with world(settings.device, WAIT_S) as here:
         _check(settings, dataset, here)
         cases = _prepared(dataset, settings, here)
         runs = _folds(settings)
@@ -44,8 +43,9 @@ def main(settings: Settings) -> Outcome:
     names = ("validation.json", "validation.csv", "validation", "scores", "best.safetensors")
     made = [f"{one.folder}/model.safetensors" for one in runs]
     made += [f"{settings.folder}/{name}" for name in names if (settings.folder / name).exists()]
-    following = shlex.join(["axial", "predict", f"model={model}", "images=IMAGES", "folder=PREDICTIONS"])
-    return Outcome(made=tuple(made), next=(following,))
+    return Outcome(
+        made=tuple(made), next=(command("predict", f"model={model}", "images=IMAGES", "folder=PREDICTIONS"),)
+    )
 
 
 def _folds(settings: Settings) -> list[Settings]:

@@ -6,12 +6,11 @@ Arrays are [z, y, x] as files have them (k, j, i); affines take (i, j, k) to mm 
 from __future__ import annotations
 
 import errno
-import gzip
 import itertools
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -272,7 +271,7 @@ def write_labelmap(path: Path, array: NDArray[np.uint8], place: Place, like: Pat
     copied = _copied(like, path.name.endswith(".gz")) if like is not None and _kind(like) == _kind(path) else None
     if copied is not None:
         with aside(path) as file:
-            file.write(copied(np.ascontiguousarray(array)))
+            file.writelines(copied(array))
     elif _kind(path) == "nii":
         write_nifti(path, array, place.affine)
     else:
@@ -309,7 +308,7 @@ def _write_itk(path: Path, array: NDArray[np.uint8], place: Place, like: Path | 
         part.unlink(missing_ok=True)
 
 
-def _copied(like: Path, packed: bool) -> Callable[[NDArray[np.uint8]], bytes] | None:
+def _copied(like: Path, packed: bool) -> Callable[[NDArray[np.uint8]], Iterable[bytes]] | None:
     """How to write an array under the header of another file; None if that header is of a kind we do not take over.
 
     Whether `like` is compressed shows in its first bytes and not, for sure, in its name.
@@ -325,19 +324,33 @@ def _copied(like: Path, packed: bool) -> Callable[[NDArray[np.uint8]], bytes] | 
     return None
 
 
-def _nifti(head: bytes, order: str, array: NDArray[np.uint8], packed: bool) -> bytes:
+def _nifti(head: bytes, order: str, array: NDArray[np.uint8], packed: bool) -> Iterable[bytes]:
     new = bytearray(head)
     struct.pack_into(f"{order}3h", new, 68, 0, 2, 8)  # intent none, uint8, 8 bits
     struct.pack_into(f"{order}3f", new, 108, 352.0, 1.0, 0.0)  # offset of the data, scale, shift
     struct.pack_into(f"{order}2f", new, 124, 0.0, 0.0)  # no display range
     for start, end in ((14, 32), (148, 252), (328, 344)):  # free text about the image, which may name a patient
         new[start:end] = bytes(end - start)
-    whole = bytes(new) + b"\0\0\0\0" + array.tobytes()
-    return gzip.compress(whole, compresslevel=6, mtime=0) if packed else whole
+    whole = itertools.chain([bytes(new) + b"\0\0\0\0"], _pieces(array))
+    return _gzip(whole) if packed else whole
 
 
-def _nrrd(head: bytes, array: NDArray[np.uint8]) -> bytes:
+def _nrrd(head: bytes, array: NDArray[np.uint8]) -> Iterable[bytes]:
     given = (b"#", b"type:", b"encoding:", b"endian:", b"byte skip:", b"line skip:", b"content:", b"min:", b"max:")
     kept = [line for line in head.splitlines() if not line.startswith(given) and b":=" not in line]
     lines = [kept[0], b"type: unsigned char", *kept[1:], b"encoding: gzip"]
-    return b"\n".join(lines) + b"\n\n" + gzip.compress(array.tobytes(), compresslevel=6, mtime=0)
+    return itertools.chain([b"\n".join(lines) + b"\n\n"], _gzip(_pieces(array)))
+
+
+def _pieces(array: NDArray[np.uint8]) -> Iterator[bytes]:
+    """The voxels a few slices at a time: `array` may be a turned view, of which no copy is made as a whole."""
+    for start in range(0, len(array), 16):
+        yield array[start : start + 16].tobytes()
+
+
+def _gzip(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes at any time, unlike the gzip module's."""
+    packer = zlib.compressobj(6, wbits=31)
+    for piece in pieces:
+        yield packer.compress(piece)
+    yield packer.flush()

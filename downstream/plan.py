@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from downstream.settings import Settings as FinetuneSettings
 from downstream.splits import read_folds, split_file
 from downstream.tuning import full
 from launch import settings as base
-from launch.run import Outcome, read_json, write_text
+from launch.run import Outcome, command, read_json, write_text
 from pretrain.data.window import HuWindow
 from pretrain.models.vit import VitSettings
 from pretrain.parallel import Recompute
@@ -97,8 +96,8 @@ def main(settings: Settings) -> Outcome:
     print(table(found))
     if faults:
         print(told(f"{len(faults)} of {len(cases)} cases cannot be used; finetune will refuse the data set", faults))
-    following = ["axial", "finetune", str(made), "folder=RUN", *([] if settings.backbone else ["backbone=FILE"])]
-    return Outcome((f"{settings.folder}/{FINGERPRINT}", str(made)), (shlex.join(following),), ok=not faults)
+    following = command("finetune", str(made), "folder=RUN", *([] if settings.backbone else ["backbone=FILE"]))
+    return Outcome((f"{settings.folder}/{FINGERPRINT}", str(made)), (following,), ok=not faults)
 
 
 def dry_run(settings: Settings) -> str:

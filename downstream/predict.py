@@ -1,20 +1,24 @@
 """Verb `predict`: one model or several and images in, label maps out, each on its image's own grid.
 
 NIfTI, NRRD, MetaImage and DICOM are read. An image that cannot be read, or whose label map could not say where it lies,
-is listed with its reason and the rest goes on. A label map that is there is not made again, so the same command goes on
-where it was stopped.
+is listed with its reason and the rest goes on. predicted.csv says of which image each label map is. One that is there
+is not made again unless its image was changed, so the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
+import itertools
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_curation.finding import KINDS
 from data_curation.volumes import Found, VolumeError
@@ -24,10 +28,12 @@ from downstream.ensemble import Ensemble, load_models, model_files
 from downstream.inference import Window
 from downstream.naming import Refused, cases, ending, is_data_set
 from downstream.predicting import predict_image
+from downstream.record import FILE as RECORD
+from downstream.record import entry_of, read_record, write_record
 from launch import settings as base
-from launch.distributed import World, barrier, world
+from launch.distributed import WAIT_S, World, barrier, from_first, world
 from launch.progress import progress
-from launch.run import Outcome, write_text
+from launch.run import Outcome, command, write_text
 
 __all__ = ["Settings", "main"]
 
@@ -50,31 +56,77 @@ class Settings(base.Settings):
     probabilities: bool = Field(False, description="also CASE.npz with probabilities [heads, k, j, i], as nnU-Net")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
+    @model_validator(mode="after")
+    def _apart(self) -> Settings:
+        if self.folder.resolve() == self.images.resolve():
+            raise ValueError(
+                f"folder and images are both {self.images}: label maps would be taken for images; choose another folder"
+            )
+        return self
+
 
 def main(settings: Settings) -> Outcome:
     """Predicts every image; with several ranks each takes its share. Not ok if nothing could be predicted."""
     model_files(settings.model)  # before a folder is listed and a device is taken
     if settings.images.is_dir() and is_data_set(settings.images):
         raise CaseError(f"{settings.images} is a data set with labels; give its imagesTs, or imagesTr, as images=")
-    with world(settings.device) as here:
+    with world(settings.device, WAIT_S) as here:
         ensemble = load_models(settings.model, here.device)
-        images, refused = cases(settings.images, [channel.name for channel in ensemble.headers[0].channels])
-        if not images and not refused:
-            raise CaseError(f"{settings.images}: no image; {', '.join(KINDS)} and DICOM are read")
-        settings.folder.mkdir(parents=True, exist_ok=True)
-        if here.rank == 0:
-            _same_model(settings.folder, ensemble)
-            _clear(settings.folder)
-        barrier()
+        work = from_first(partial(_work, settings, ensemble))
         with pages_kept() if here.device.type == "cpu" else nullcontext():
-            own = _predict_all(ensemble, images, settings, here)
+            own = _predict_all(ensemble, work, settings, here)
         write_text(settings.folder / f".refused_{here.rank}.json", json.dumps(own))
         barrier()
-        if here.rank == 0:
-            refused = sorted(refused + _gathered(settings.folder, here.size))
-    if here.rank:
-        return Outcome()
-    return _ended(settings, ensemble, images, refused)
+        if here.rank:
+            return Outcome()
+        refused = sorted(work.refused + _gathered(settings.folder, here.size))
+    return _ended(settings, ensemble, work.images, refused)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All images by name, what is none with its reason, and the names whose label map is still to be made."""
+
+    images: dict[str, tuple[Found, ...]]
+    refused: list[Refused]
+    todo: list[str]
+
+
+def _work(settings: Settings, ensemble: Ensemble) -> _Work:
+    """Lists the images and makes the folder ready. A label map that is there afterwards is of the image as it is now:
+    one of an image that was changed is taken away, and only then the record says what the image is like."""
+    folder, channels = settings.folder, [channel.name for channel in ensemble.headers[0].channels]
+    record = read_record(folder)
+    known = {entry.identity: name for name, entry in record.items()}
+    images, refused = cases(settings.images, channels, folder, known)
+    if not images and not refused:
+        raise CaseError(f"{settings.images}: no image; {', '.join(KINDS)} and DICOM are read")
+    folder.mkdir(parents=True, exist_ok=True)
+    _same_model(folder, ensemble)
+    _clear(folder)
+    now = {name: entry_of(founds, settings.images) for name, founds in images.items()}
+    changed = {name: _made(settings, name, founds) for name, founds in images.items() if record.get(name) != now[name]}
+    strange = [path for name, made in changed.items() if name not in record for path in made]
+    if strange:
+        raise CaseError(
+            f"{strange[0]} is there and {folder / RECORD} does not say of which image it is; move it away, or choose "
+            "another folder="
+        )
+    for path in itertools.chain.from_iterable(changed.values()):
+        path.unlink()
+    write_record(folder, record | now)
+    todo = [name for name, founds in images.items() if not _is_done(settings, name, founds)]
+    return _Work(images, refused, todo)
+
+
+def _made(settings: Settings, name: str, found: tuple[Found, ...]) -> list[Path]:
+    paths = [*_paths(settings, name, found), settings.folder / f"{name}.npz"]
+    return [path for path in paths if path.is_file()]
+
+
+def _is_done(settings: Settings, name: str, found: tuple[Found, ...]) -> bool:
+    endings = {path.suffix for path in _made(settings, name, found)}
+    return bool(endings - {".npz"}) and (".npz" in endings or not settings.probabilities)
 
 
 def _ended(
@@ -90,28 +142,35 @@ def _ended(
     print(f"{len(made)} of {len(made) + len(refused)} images have their label map in {settings.folder}")
     if settings.dicom == "auto" and (objects := [path.name for path in made if path.suffix == ".dcm"]):
         print(f"as DICOM SEG, since no NIfTI can say where their slices lie: {', '.join(objects)}")
-    following = (f"axial evaluate predictions={settings.folder} labels=LABELS folder={settings.folder}_scores",)
+    if gone := sorted(read_record(settings.folder).keys() - images.keys()):
+        more = ", ..." if len(gone) > 10 else ""
+        print(f"{RECORD} names {len(gone)} case(s) of images that are no longer there: {', '.join(gone[:10])}{more}")
+    scores = f"folder={settings.folder}_scores"
+    following = (command("evaluate", f"predictions={settings.folder}", "labels=LABELS", scores),)
     return Outcome(made=(str(settings.folder),), next=following if endings else (), ok=bool(made))
 
 
-def _predict_all(
-    ensemble: Ensemble, images: dict[str, tuple[Found, ...]], settings: Settings, here: World
-) -> list[Refused]:
-    """This rank's share of the images; what could not be read, with its reason."""
+def _predict_all(ensemble: Ensemble, work: _Work, settings: Settings, here: World) -> list[Refused]:
+    """This rank's share of what is to be made; what could not be, with its reason. One image does not end the run."""
     refused = []
-    mine = list(images.items())[here.rank :: here.size]
-    for name, found in progress(mine, len(mine), "predict", "images", active=here.rank == 0):
+    mine = work.todo[here.rank :: here.size]
+    for name in progress(mine, len(mine), "predict", "images", active=here.rank == 0):
+        found = work.images[name]
         path, *otherwise = _paths(settings, name, found)
         scores = settings.folder / f"{name}.npz" if settings.probabilities else None
-        if any(one.is_file() for one in (path, *otherwise)) and (scores is None or scores.is_file()):
-            continue
         try:
             predict_image(ensemble, found, path, settings.window, scores, *otherwise)
-        except VolumeError as fault:
-            refused.append((found[0].source or str(found[0].path), fault.reason, str(fault)))
-        except CaseError as fault:
-            refused.append((found[0].source or str(found[0].path), "channels", str(fault)))
+        except Exception as fault:
+            if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # so would all the others
+            refused.append((found[0].source or str(found[0].path), *_why(fault)))
     return refused
+
+
+def _why(fault: Exception) -> tuple[str, str]:
+    if isinstance(fault, VolumeError):
+        return fault.reason, fault.message
+    return "channels" if isinstance(fault, CaseError) else type(fault).__name__, " ".join(str(fault).split())
 
 
 def _paths(settings: Settings, name: str, found: tuple[Found, ...]) -> list[Path]:

@@ -106,7 +106,9 @@ def keep(
     for name, count in counts.items():
         for number, pair in enumerate(found.pairs[name]):
             case = name if len(found.pairs[name]) == 1 else f"{name}_{number}"
-            wanted.append(Wanted(case, pair, folder / f"{_plain(case)}.safetensors", count, seed))
+            # Two names may be one when written plainly: scan 1 of patient A, and patient A_1.
+            mark = hashlib.sha256(json.dumps([name, number]).encode()).hexdigest()[:8]
+            wanted.append(Wanted(case, pair, folder / f"{_plain(case)}_{mark}.safetensors", count, seed))
             owners.append(name)
     known = None if found.labels is None else _known(found.labels)
     tasks = partial(_attempt, known=known)

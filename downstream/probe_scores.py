@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from downstream.probe_features import Looked
+from downstream.validation import region_dice
 from pretrain.watch.labelled import balanced
 from pretrain.watch.patches import resize_labels
 from pretrain.watch.probe import class_scores, knn, linear
@@ -140,9 +141,5 @@ def slice_dice(
             said = large.argmax(0).flatten().numpy()
             joint = truth[counted] * len(values) + said[counted]
             table[number] += np.bincount(joint, minlength=len(values) ** 2).reshape(len(values), -1)
-    return np.array([[_dice(one, np.flatnonzero(np.isin(order, some))) for some in organs.values()] for one in table])
-
-
-def _dice(table: NDArray[np.int64], members: NDArray[np.int64]) -> float:
-    sizes = int(table[members].sum() + table[:, members].sum())
-    return 2 * int(table[np.ix_(members, members)].sum()) / sizes if sizes else math.nan
+    members = [np.flatnonzero(np.isin(order, some)).tolist() for some in organs.values()]
+    return np.array([[region_dice(one, some) for some in members] for one in table])

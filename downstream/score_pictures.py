@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_curation.grid import AIR, VolumeError
 from data_curation.volumes import Found, load
 from downstream.cases import CaseError
-from downstream.geometry import Place
+from downstream.geometry import Place, place_of, planes
 from downstream.metrics import Score
 from downstream.scoring import Aligned, Task, read_aligned
 
@@ -71,10 +71,10 @@ def _most_different(case: Aligned, values: NDArray[np.uint8]) -> int:
 def _plane(found: Found, place: Place, z: int) -> NDArray[Any]:
     """The image's values at the voxels of slice `z` of a grid [Y, X], whatever the image's own grid is."""
     grid = load(found)
-    own = Place((grid.voxels.shape[2], grid.voxels.shape[1], grid.voxels.shape[0]), grid.affine)
-    x, y = np.meshgrid(np.arange(place.size[0]), np.arange(place.size[1]), indexing="xy")
-    at = np.rint(own.index(place.position(np.stack([x, y, np.full_like(x, z)], -1).astype(np.float64)))).astype(int)
-    inside = ((at >= 0) & (at < np.array(own.size))).all(-1)
+    one = Place((*place.size[:2], 1), np.column_stack([place.affine[:, :3], place.position(np.array([0.0, 0.0, z]))]))
+    ((_, fractional),) = planes(place_of(grid), one)
+    at = np.rint(fractional).astype(int)
+    inside = ((at >= 0) & (at < np.array(grid.voxels.shape[::-1]))).all(-1)
     values = np.full(inside.shape, min(AIR, float(grid.voxels.min())))
     i, j, k = at[inside].T
     values[inside] = grid.voxels[k, j, i]

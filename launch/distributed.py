@@ -6,15 +6,22 @@ The only file of the package that imports torch. One process alone makes no proc
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["DeviceError", "World", "agree", "barrier", "largest", "rank_zero", "world"]
+from launch.run import USER_ERRORS
+
+__all__ = ["WAIT_S", "DeviceError", "World", "agree", "barrier", "from_first", "largest", "rank_zero", "world"]
+
+WAIT_S = 30 * 24 * 3600.0  # for `world`, where ranks wait for those whose share of files takes longer
+
+T = TypeVar("T")
 
 
 class DeviceError(ValueError):
@@ -109,3 +116,23 @@ def largest(number: int) -> int:
 def barrier() -> None:
     """Wait until every rank is here."""
     agree(False)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank; the others wait. Every rank must call it.
+
+    What a user can cause is raised on all of them, so that none is left waiting.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return make()
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = make()
+        except USER_ERRORS as fault:
+            told[1] = fault
+    dist.broadcast_object_list(told, device=torch.device("cpu"))
+    if told[1] is not None:
+        raise told[1]
+    made: T = told[0]
+    return made

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import socket
 import subprocess
 from collections.abc import Collection, Sequence
@@ -30,6 +31,7 @@ __all__ = [
     "Stopped",
     "alive",
     "close_run",
+    "command",
     "note_start",
     "now",
     "open_run",
@@ -74,6 +76,11 @@ class Stopped(Exception):
         """Name of the signal, empty where the text has none."""
         found = re.search(r"\bSIG[A-Z0-9]+", str(self))
         return found.group() if found else ""
+
+
+def command(verb: str, *words: str) -> str:
+    """A line that can be pasted into a shell, whatever stands in the paths."""
+    return shlex.join(["axial", verb, *words])
 
 
 def say(error: BaseException) -> str:

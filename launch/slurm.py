@@ -12,7 +12,7 @@ from pydantic import Field
 
 from launch.call import Call
 from launch.ranks import RankFailed
-from launch.run import Outcome, RunError, Stopped, close_run, note_start, read_json, say
+from launch.run import Outcome, RunError, Stopped, close_run, command, note_start, read_json, say
 from launch.settings import Settings
 
 __all__ = ["ArrayRules", "Slurm", "Task"]
@@ -83,7 +83,7 @@ class Slurm(Settings):
             raise RunError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
         if self.detached:
             made = f"job {job.job_id}, its output in {log}/{job.job_id}_0_log.out"
-            return Outcome(made=(made,), next=(f"axial status folder={call.folder}",))
+            return Outcome(made=(made,), next=(command("status", f"folder={call.folder}"),))
         try:
             outcomes = job.results()
         except submitit.core.utils.UncompletedJobError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import launch.settings
 from data_curation.aside import aside
-from launch.run import Outcome
+from launch.run import Outcome, command
 from pretrain.hugging_face import write_folder
 from pretrain.released import Released, read
 from pretrain.weights import write_weights
@@ -81,7 +81,7 @@ def main(settings: Settings) -> Outcome:
     print(f"{which} of {released.form}: {len(released.backbone)} tensors, {size:.1f} MiB as {settings.format}")
     if settings.format == "pth":
         print(f"the file has no place for the window: {released.window.said()}")
-    return Outcome(made=tuple(map(str, made)), next=(f"axial finetune CONFIG.yaml backbone={output}",))
+    return Outcome(made=tuple(map(str, made)), next=(command("finetune", "CONFIG.yaml", f"backbone={output}"),))
 
 
 def write_pth(released: Released, output: Path, *, heads: bool) -> None:

@@ -28,10 +28,10 @@ from data_curation.corpus import Corpus, CorpusError
 from data_curation.index import read_part
 from data_curation.shards import BLOCK, OWNER
 from data_curation.slices import checksum
-from launch.distributed import World, barrier, world
+from launch.distributed import WAIT_S, World, barrier, world
 from launch.log import tell
 from launch.progress import Progress
-from launch.run import Outcome, write_text
+from launch.run import Outcome, command, write_text
 from pretrain.data.batch import Batch
 from pretrain.data.cached import (
     HEADER,
@@ -53,8 +53,6 @@ from pretrain.settings import Settings
 from pretrain.weights import digest
 
 __all__ = ["dry_run", "main"]
-
-WAIT_S = 30 * 24 * 3600.0  # that a rank waits at the end for those which still have shards to make
 
 
 def main(settings: Settings) -> Outcome:
@@ -85,8 +83,8 @@ def main(settings: Settings) -> Outcome:
         if here.rank == 0:
             _merge(recipe.folder, header)
     fixed = recipe.data.crops.fixed
-    command = f"axial pretrain CONFIG folder=RUN method.cache={settings.folder} data.crops.fixed={fixed}"
-    return Outcome(made=(str(settings.folder / INDEX),), next=(command,))
+    given = f"method.cache={settings.folder}", f"data.crops.fixed={fixed}"
+    return Outcome(made=(str(settings.folder / INDEX),), next=(command("pretrain", "CONFIG", "folder=RUN", *given),))
 
 
 def dry_run(settings: Settings) -> str:

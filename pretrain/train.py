@@ -16,7 +16,7 @@ from data_curation.corpus import Corpus, CorpusError
 from data_curation.index import fingerprint, read_index
 from launch.distributed import World, world
 from launch.log import Log, tell
-from launch.run import Outcome, Stopped
+from launch.run import Outcome, Stopped, command
 from pretrain.checkpoint import Checkpoints, checkpoint_bytes
 from pretrain.data.corpora import Corpora, order_of, overlaps
 from pretrain.data.stream import Batches, batches, check
@@ -141,7 +141,7 @@ def _outcome(settings: Settings, ended: Ended) -> Outcome:
             "the same command continues"
         )
     made = (f"{settings.folder}/checkpoints/step_{ended.step:08d}", f"{settings.folder}/metrics.jsonl")
-    return Outcome(made=made, next=(f"axial export folder={settings.folder}",))
+    return Outcome(made=made, next=(command("export", f"folder={settings.folder}"),))
 
 
 def dry_run(settings: Settings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ import SimpleITK as sitk
 from data_curation import phantom
 from downstream import evaluate
 from downstream.cases import CaseError
+from downstream.metrics import Score
 from launch import settings as launch_settings
 from launch.documents import SettingsError
 
@@ -39,6 +41,28 @@ def test_where_no_case_can_be_scored_every_reason_is_told(tmp_path: Path) -> Non
     assert "holds label values [9]" in str(told.value)
     assert "b: prediction and label lie on different grids: spacing" in str(told.value)
     assert not (tmp_path / "scores").exists()
+
+
+def test_an_organ_without_a_dice_does_not_hide_the_worst_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three organs, the second in no label and no prediction: sorted among numbers its NaN would split them."""
+    means = {"aorta": 0.9, "brain": math.nan, "colon": 0.2}
+    row = {organ: Score(dice, dice, 1.0) for organ, dice in means.items()}
+    summary = {"organs": {organ: {"dice": {"mean": dice}} for organ, dice in means.items()}}
+    monkeypatch.setattr(evaluate, "shared", lambda function, tasks, names, *_: [task.organ for task in tasks])
+    given = evaluate.Settings(folder=Path("a"), predictions=Path("b"), labels=Path("c"), worst=0, worst_organs=1)
+    _, (figure,) = evaluate._worst({"a": row}, {"a": None}, summary, given)  # type: ignore[dict-item]
+    assert figure.caption.startswith("colon, a: Dice 0.200")
+
+
+def test_a_dicom_seg_is_not_called_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("labels/a.nii.gz", "labels/b.nii.gz", "predictions/a.nii.gz"):
+        write(tmp_path / name, 1)
+    (tmp_path / "predictions" / "b.dcm").touch()
+    (tmp_path / "labels/dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1}}))
+    given = {name: tmp_path / name for name in ("folder", "predictions", "labels")}
+    assert evaluate.main(evaluate.Settings(**given, workers=1, draws=2)).ok  # type: ignore[arg-type]
+    assert "left out: b: b.dcm is a DICOM SEG, which is not scored" in capsys.readouterr().out
+    assert json.loads((tmp_path / "folder/summary.json").read_text())["without_prediction"] == []
 
 
 def test_evaluation_of_perfect_empty_and_odd_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

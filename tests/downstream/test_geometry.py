@@ -294,3 +294,20 @@ def test_one_dicom_slice_is_as_thick_as_its_header_says(real_ct: Path) -> None:
     assert scan.volume.hu.shape == (1, 128, 128)
     assert scan.volume.spacing == pytest.approx((5.0, 0.661468, 0.661468))
     assert scan.volume.hu.min() == -896
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd"])
+def test_a_label_map_is_written_without_a_copy_of_it(tmp_path: Path, ending: str) -> None:
+    """A turned view of 8 MiB, in less than half of that; the voxels and their order are the view's."""
+    import tracemalloc
+
+    array = np.random.default_rng(0).integers(0, 2, (128, 256, 256), dtype=np.uint8).T[::-1]
+    source, target = tmp_path / f"image{ending}", tmp_path / f"map{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros(array.shape, np.int16)), str(source))
+    where = read_labelmap(source).place
+    tracemalloc.start()
+    write_labelmap(target, array, where, like=source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+    assert np.array_equal(read_labelmap(target).array, array)

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_curation import phantom
@@ -32,12 +30,6 @@ from tests.downstream.random_models import CT, saved
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PET = Channel(name="PET", kind="zscore", window=ZSCORE)
-
-
-def touch(*paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
 
 
 def settings(folder: Path, model: Any, images: Path, **changes: Any) -> predict.Settings:
@@ -58,52 +50,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     phantom.write("nnunet", root, range(3), shape=(6, 48, 40), spacing=(20.0, 7.0, 8.0), organs=["liver"])
     return root / "imagesTr"
-
-
-def test_a_number_given_to_one_of_two_like_names_takes_no_other_images_name(tmp_path: Path) -> None:
-    touch(*(tmp_path / name for name in ("a.nii.gz", "a.nrrd", "a_1.nii.gz", "b_0000.nii.gz", "deep/b.mha")))
-    found, _ = cases(tmp_path)
-    assert {name: image.path.name for name, (image,) in found.items()} == {
-        "a_2": "a.nii.gz",
-        "a_3": "a.nrrd",
-        "a_1": "a_1.nii.gz",
-        "b": "b_0000.nii.gz",
-        "deep_b": "b.mha",
-    }
-
-
-parts = st.sampled_from(["a", "a_1", "a_1_1", "a_2", "b"])
-files = st.tuples(
-    st.sampled_from(["", "a/", "b/"]), parts, st.sampled_from(["", "_0000"]), st.sampled_from([".nii", ".mha"])
-)
-
-
-@given(st.sets(files, min_size=1, max_size=12))
-def test_no_image_is_lost(tmp_path_factory: pytest.TempPathFactory, chosen: set[tuple[str, ...]]) -> None:
-    root = tmp_path_factory.mktemp("images")
-    touch(*(root / "".join(name) for name in chosen))
-    found, _ = cases(root)
-    assert {image.path for (image,) in found.values()} == {root / "".join(name) for name in chosen}
-    assert len({name + ending(image) for name, (image,) in found.items()}) == len(chosen)
-    assert cases(root)[0] == found, "the same names every time, so that a stopped run goes on"
-
-
-def test_files_of_several_channels_are_one_case(tmp_path: Path) -> None:
-    names = ("a_0000.nii.gz", "a_0001.nii.gz", "deep/a_0001.mha", "deep/a_0000.nrrd")
-    odd = ("lone_0000.nii.gz", "plain.nii.gz", "a_0007.nii.gz", "twice_0000.mha", "twice_0000.nrrd", "twice_0001.mha")
-    touch(*(tmp_path / name for name in names + odd))
-    found, left = cases(tmp_path, ["CT", "PET"])
-    assert {name: [image.path.name for image in several] for name, several in found.items()} == {
-        "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
-        "deep_a": ["a_0000.nrrd", "a_0001.mha"],
-    }
-    told = {name: detail for name, _, detail in left}
-    assert told["lone"].startswith("lone_0001 (PET) not there")
-    assert "CASE_0000 (CT), CASE_0001 (PET)" in told["plain.nii.gz"]
-    assert "rename it" in told["a_0007.nii.gz"]
-    assert "twice_0000 is there twice" in told["twice"]
-    one, _ = cases(tmp_path / "a_0000.nii.gz", ["CT", "PET"])
-    assert [image.path.name for image in one["a"]] == ["a_0000.nii.gz", "a_0001.nii.gz"]
 
 
 def test_a_folder_of_images_one_image_and_one_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
@@ -288,7 +234,7 @@ def test_real_scans_keep_their_geometry_or_are_refused(real_ct: Path, tmp_path: 
         (inside / path).symlink_to(real_ct / path)
     model = saved(tmp_path / "m.safetensors", spacing=8.0)
     assert predict.main(settings(tmp_path / "out", model, inside, dicom="nifti")).ok
-    found, _ = cases(inside)
+    found, left = cases(inside)
     without = set()
     for name, (image,) in found.items():
         mask = tmp_path / "out" / (name + ending(image))
@@ -299,7 +245,7 @@ def test_real_scans_keep_their_geometry_or_are_refused(real_ct: Path, tmp_path: 
     assert without >= UNPLACED
     reasons = {row[0]: row[1] for row in refused(tmp_path / "out")}
     assert {reasons[name] for name in UNPLACED} == {"misplaced"}
-    assert len(reasons) == len(without)
+    assert len(reasons) == len(without) + len(left)
     assert len(found) - len(without) >= 24
 
 

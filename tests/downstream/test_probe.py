@@ -279,6 +279,9 @@ def test_one_name_of_two_patients_is_refused(tmp_path: Path, scans: Path) -> Non
     found = probe_cases.patients(None, None, None, tmp_path / "list.json", None)
     kept = probe_cases.keep(found, {"same": 2}, tmp_path / "slices", 0, 1)
     assert [one.name for one in kept["same"]] == ["same_0", "same_1"]
+    found = probe_cases.Patients({"A": found.pairs["same"], "A_1": found.pairs["same"][:1]}, None)
+    kept = probe_cases.keep(found, {"A": 2, "A_1": 1}, tmp_path / "slices", 0, 1)
+    assert len({one.path for some in kept.values() for one in some}) == 3, "patient A's second scan is not patient A_1"
 
 
 def test_settings_are_one_backbone_or_several() -> None:

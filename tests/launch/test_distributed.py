@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.distributed import DeviceError, agree, barrier, largest, rank_zero, world
+from launch.distributed import DeviceError, agree, barrier, from_first, largest, rank_zero, world
 
 
 def _gloo() -> ModuleType:
@@ -41,6 +41,24 @@ def two(rank: int, size: int) -> list[object]:
     with suppress(ValueError), world("cpu"):
         raise ValueError("inside")
     return [*said, sums.item(), *left, dist.is_initialized()]
+
+
+def told(rank: int, size: int) -> list[object]:
+    def fails() -> int:
+        raise DeviceError("there is no GPU")
+
+    with world("cpu"):
+        found: list[object] = [from_first(lambda: {"of": rank})]
+        try:
+            from_first(fails)
+        except DeviceError as fault:
+            found.append(str(fault))
+    return found
+
+
+def test_what_the_first_process_makes_all_have_and_its_error_too(tmp_path: Path) -> None:
+    assert _gloo().run_ranks(f"{__file__}:told", 2, tmp_path) == [[{"of": 0}, "there is no GPU"]] * 2
+    assert from_first(lambda: 5) == 5
 
 
 def test_one_process_makes_no_group() -> None:

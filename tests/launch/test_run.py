@@ -13,7 +13,19 @@ import pytest
 from pydantic import Field
 
 from launch import run
-from launch.run import Outcome, RunError, Stopped, alive, close_run, note_start, open_run, read_json, say, write_text
+from launch.run import (
+    Outcome,
+    RunError,
+    Stopped,
+    alive,
+    close_run,
+    command,
+    note_start,
+    open_run,
+    read_json,
+    say,
+    write_text,
+)
 from launch.settings import Settings, load
 
 
@@ -250,3 +262,15 @@ def test_commit_of_a_checkout_and_of_none(tmp_path: Path, monkeypatch: pytest.Mo
     assert clean["dirty"] is False
     (tmp_path / "launch/run.py").write_text("changed")
     assert run._origin()["git"] == {"sha": clean["sha"], "dirty": True}
+
+
+def test_a_command_can_be_pasted_whatever_the_paths_hold() -> None:
+    words = ["folder=a b;c", "model=[x,'y']", "images=IMAGES"]
+    assert command("predict", words[2]) == "axial predict images=IMAGES"
+    done = subprocess.run(
+        ["bash", "-c", f'axial() {{ printf "%s\\n" "$@"; }}; {command("predict", *words)}'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["predict", *words]
