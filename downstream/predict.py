@@ -20,6 +20,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from data_curation.aside import sweep
 from data_curation.finding import KINDS
 from data_curation.volumes import Found, VolumeError
 from downstream.allocator import pages_kept
@@ -210,7 +211,8 @@ def _same_model(folder: Path, ensemble: Ensemble) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Take away what a killed process was writing: `.PID.NAME`."""
+    """Take away what a killed process was writing; where ITK writes, `.PID.NAME`."""
+    sweep(folder)
     for path in folder.iterdir():
         process, _, name = path.name[1:].partition(".")
         if path.name.startswith(".") and process.isdigit() and name and path.is_file():
