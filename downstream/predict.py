@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,11 @@ from data_curation.volumes import Found, VolumeError
 from downstream.allocator import pages_kept
 from downstream.cases import CaseError, file_ending
 from downstream.ensemble import Ensemble, load_models, model_files
+from downstream.geometry import HARDLY_CT
 from downstream.inference import Window
 from downstream.naming import Refused, cases, ending, is_data_set
+from downstream.notes import FILE as NOTES
+from downstream.notes import add_notes, gathered_notes
 from downstream.predicting import predict_image
 from launch import settings as base
 from launch.distributed import World, barrier, world
@@ -30,6 +34,8 @@ from launch.progress import progress
 from launch.run import Outcome, write_text
 
 __all__ = ["Settings", "main"]
+
+_SHOWN = 20  # notes printed; all are in the file
 
 
 class Settings(base.Settings):
@@ -44,8 +50,8 @@ class Settings(base.Settings):
     window: Window = Field(Window(), description="how slices are gone over")
     dicom: Literal["auto", "nifti", "seg"] = Field(
         "auto",
-        description="what a DICOM series gets: a NIfTI file, or a DICOM SEG; auto: NIfTI, but a SEG where one affine "
-        "cannot say where its slices lie (a tilted gantry, uneven distances)",
+        description="what a DICOM series gets: a NIfTI file (a sheared one of a tilted gantry) or a DICOM SEG; auto: "
+        "NIfTI, but a SEG where its slices lean or lie at uneven distances",
     )
     probabilities: bool = Field(False, description="also CASE.npz with probabilities [heads, k, j, i], as nnU-Net")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -65,6 +71,7 @@ def main(settings: Settings) -> Outcome:
         if here.rank == 0:
             _same_model(settings.folder, ensemble)
             _clear(settings.folder)
+            gathered_notes(settings.folder)
         barrier()
         with pages_kept() if here.device.type == "cpu" else nullcontext():
             own = _predict_all(ensemble, images, settings, here)
@@ -84,14 +91,24 @@ def _ended(
         csv.writer(file).writerows([("image", "reason", "detail"), *refused])
     for name, reason, detail in refused:
         print(f"not predicted: {name}: {reason}: {detail}")
+    _tell(gathered_notes(settings.folder))
     made = [path for name, found in images.items() for path in _paths(settings, name, found) if path.is_file()]
     endings = [file_ending(path) for path in made if path.suffix != ".dcm"]
     _describe(settings.folder, ensemble, endings)
     print(f"{len(made)} of {len(made) + len(refused)} images have their label map in {settings.folder}")
     if settings.dicom == "auto" and (objects := [path.name for path in made if path.suffix == ".dcm"]):
-        print(f"as DICOM SEG, since no NIfTI can say where their slices lie: {', '.join(objects)}")
+        print(f"as DICOM SEG, since their slices lean or lie unevenly: {', '.join(objects)}")
     following = (f"axial evaluate predictions={settings.folder} labels=LABELS folder={settings.folder}_scores",)
     return Outcome(made=(str(settings.folder),), next=following if endings else (), ok=bool(made))
+
+
+def _tell(notes: Mapping[str, str]) -> None:
+    """Those first that may make a label map worthless."""
+    listed = sorted(notes.items(), key=lambda one: (HARDLY_CT not in one[1], one))
+    for name, text in listed[:_SHOWN]:
+        print(f"{'WARNING' if HARDLY_CT in text else 'note'}: {name}: {text}")
+    if len(listed) > _SHOWN:
+        print(f"notes on {len(listed) - _SHOWN} more images are in {NOTES}")
 
 
 def _predict_all(
@@ -106,7 +123,8 @@ def _predict_all(
         if any(one.is_file() for one in (path, *otherwise)) and (scores is None or scores.is_file()):
             continue
         try:
-            predict_image(ensemble, found, path, settings.window, scores, *otherwise)
+            tell = partial(add_notes, settings.folder, here.rank, name)
+            predict_image(ensemble, found, path, settings.window, scores, next(iter(otherwise), None), tell)
         except VolumeError as fault:
             refused.append((found[0].source or str(found[0].path), fault.reason, str(fault)))
         except CaseError as fault:
