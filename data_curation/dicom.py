@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,8 @@ def _read(path: Path, frames: Sequence[int], total: int, most: int) -> Iterator[
 
 
 def _slice(stored: NDArray[Any], texts: Mapping[str, str], pixels: Pixels) -> _Slice:
+    if [len(numbers(texts.get(name, ""))) for name in _GEOMETRY] != [3, 6, 2]:  # of another modality, not judged before
+        raise VolumeError("no_position", f"the header has no usable {', '.join(_GEOMETRY)}: slices cannot be ordered")
     slope = float(texts.get("RescaleSlope") or 1)
     intercept = float(texts.get("RescaleIntercept") or 0)
     lossy = pixels.syntax in dicom_pixels.LOSSY or texts.get("LossyImageCompression") == "01"
@@ -136,6 +138,10 @@ def _grid(voxels: NDArray[Any], slices: Sequence[_Slice], first: bool, fewest: i
     row, column = plane / np.linalg.norm(plane, axis=1, keepdims=True)
     between_rows, between_columns = numbers(slices[0].texts["PixelSpacing"])
     normal = np.cross(row, column)
+    if any(not np.allclose(numbers(one.texts["ImageOrientationPatient"]), plane.ravel(), atol=0.025) for one in slices):
+        raise VolumeError(
+            "not_a_volume", f"{len(slices)} slices that are not parallel: put each plane into its own folder"
+        )
     places = np.array([numbers(one.texts["ImagePositionPatient"]) for one in slices])
     kept, repeats, phases = [0], 0, 0
     if len(slices) > 1:
@@ -153,9 +159,8 @@ def _grid(voxels: NDArray[Any], slices: Sequence[_Slice], first: bool, fewest: i
     if lossy := sum(one.lossy for one in slices):
         notes.append(f"{lossy} of {len(slices)} slices were compressed with loss")
     padding = next((one.padding for one in slices if one.padding is not None), None)
-    grid = Grid(voxels, affine, False, tuple(notes), places, padding)
-    tilted = tilt.degrees(grid) > tilt.TILT_DEGREES
-    return Grid(voxels, affine, tilted, tuple(notes), places, padding)
+    grid = Grid(voxels, affine, False, tuple(notes), places, padding, tuple(kept))
+    return replace(grid, as_acquired=tilt.degrees(grid) > tilt.TILT_DEGREES)
 
 
 def _thickness(one: _Slice) -> float:

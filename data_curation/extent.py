@@ -27,6 +27,8 @@ def volume_shape(sizes: Sequence[int], max_voxels: int, fewest: int = 2) -> tupl
     shape = list(sizes)
     while len(shape) > 3 and shape[-1] == 1:
         shape.pop()
+    if len(shape) == 2 and fewest < 2:
+        shape.append(1)
     if len(shape) > 3:
         reason = "4d" if shape[3] > 1 else "vector"
         what = "a series over time or phases" if reason == "4d" else "a vector image (a field or overlapping masks)"
@@ -37,14 +39,18 @@ def volume_shape(sizes: Sequence[int], max_voxels: int, fewest: int = 2) -> tupl
     return shape[0], shape[1], shape[2]
 
 
-def place(affine: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+def place(affine: NDArray[np.float64], slices: int) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     """An affine [3, 4] in LPS mm as a `Grid` takes it, and a note where it was sheared: such slices stay as stored.
 
-    Raises VolumeError `no_spacing` where it is no place in a patient.
+    One slice whose third axis has no length gets 1 mm along its normal. Raises VolumeError `no_spacing` where it is no
+    place in a patient.
     """
     if not np.isfinite(affine).all() or np.abs(affine).max() > _FARTHEST:
         text = f"the header places voxels at {np.array2string(affine.ravel(), precision=3, max_line_width=10**6)} mm"
         raise VolumeError("no_spacing", f"{text}: write the true spacing and origin into the header and try again")
+    if slices == 1 and not affine[:, 2].any() and (area := np.linalg.norm(np.cross(affine[:, 0], affine[:, 1]))):
+        affine = affine.copy()
+        affine[:, 2] = np.cross(affine[:, 0], affine[:, 1]) / area
     straight, shear = orthogonal(affine)
     return straight, (f"sheared by {shear:.1f} degrees: slices kept as stored",) if shear > SHEAR_DEGREES else ()
 

@@ -24,6 +24,7 @@ __all__ = [
     "Volume",
     "VolumeError",
     "from_image",
+    "outgrows",
     "resampled",
     "to_lps",
 ]
@@ -57,7 +58,8 @@ class Grid:
     `voxels` is [k, j, i] (any real dtype; [t, k, j, i] for several phases), `affine` [3, 4] maps (i, j, k, 1) to
     millimetres in LPS; its first three columns are orthogonal. `as_acquired` keeps a tilted stack from being turned:
     its slices are what was measured. `places` [k, 3] says where the first voxel of each slice truly lies, in mm in
-    LPS, where that is known slice by slice; `padding` is the range of HU that the header declares to be no image.
+    LPS, where that is known slice by slice, and `taken` [k] which of the files or frames of its stack it came from;
+    `padding` is the range of HU that the header declares to be no image.
     """
 
     voxels: NDArray[Any]
@@ -66,6 +68,7 @@ class Grid:
     notes: tuple[str, ...] = ()
     places: NDArray[np.float64] | None = None
     padding: tuple[float, float] | None = None
+    taken: tuple[int, ...] = ()
 
     @property
     def spacing(self) -> NDArray[np.float64]:
@@ -151,16 +154,12 @@ def resampled(grid: Grid, affine: NDArray[np.float64], note: str) -> Grid:
     """
     import SimpleITK as sitk
 
-    spacing, order = grid.spacing, grid.order
-    voxels = np.maximum(grid.voxels.astype(np.float32), AIR)
-    ends = [(0, n - 1) for n in voxels.shape[::-1]]
-    corners = np.array([affine @ (*corner, 1) for corner in itertools.product(*ends)])
-    low, high = corners.min(0), corners.max(0)
-    scale = np.array([spacing[order[row]] for row in range(3)])
-    size = np.floor((high - low) / scale + 1e-3) + 1
-    if size.prod() > MOST_GROWTH * voxels.size:
-        text = f"voxels of {_text(spacing)} mm, oblique, would fill a grid of {_text(size)} voxels: correct the spacing"
+    size, scale, low = _upright(grid, affine)
+    if size.prod() > MOST_GROWTH * grid.voxels.size:
+        sides = _text(grid.spacing)
+        text = f"voxels of {sides} mm, oblique, would fill a grid of {_text(size)} voxels: correct the spacing"
         raise VolumeError("spacing", text)
+    voxels = np.maximum(grid.voxels.astype(np.float32), AIR)
     image = sitk.GetImageFromArray(voxels)  # its places are the indices, so that the transform may hold any affine
     inverse = np.linalg.inv(affine[:, :3])
     to_index = sitk.AffineTransform(inverse.ravel().tolist(), (-inverse @ affine[:, 3]).tolist())
@@ -178,6 +177,21 @@ def resampled(grid: Grid, affine: NDArray[np.float64], note: str) -> Grid:
     placed = np.column_stack([np.diag(scale), low])
     array = sitk.GetArrayFromImage(straight)
     return replace(grid, voxels=array, affine=placed, as_acquired=False, places=None, notes=(*grid.notes, note))
+
+
+def outgrows(grid: Grid) -> bool:
+    """Would `resampled` refuse the grid? Of few slices that lie oblique, for one, nothing is left in an upright one."""
+    return bool(_upright(grid, grid.affine)[0].prod() > MOST_GROWTH * grid.voxels.size)
+
+
+def _upright(grid: Grid, affine: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    """Size, spacing and origin (x, y, z) of the axis-aligned grid around all voxel centres."""
+    corners = np.array(
+        [affine @ (*corner, 1) for corner in itertools.product(*((0, n - 1) for n in grid.voxels.shape[::-1]))]
+    )
+    low, high = corners.min(0), corners.max(0)
+    scale = grid.spacing[list(grid.order)]
+    return np.floor((high - low) / scale + 1e-3) + 1, scale, low
 
 
 def _text(spacing: NDArray[np.float64]) -> str:

@@ -64,7 +64,7 @@ def load(path: Path, max_voxels: int = MAX_VOXELS, fewest: int = 2) -> Grid:
         raise VolumeError("vector", text)
     shape = volume_shape(sizes, max_voxels, fewest)
     with np.errstate(over="ignore", invalid="ignore"):
-        affine, notes = place(_affine(header, dimensions))
+        affine, notes = place(_affine(header, dimensions), shape[2])
     assumed = () if any(name in header.fields for name in _MATRIX) else ("no TransformMatrix: axes taken as LPS",)
     return Grid(_voxels(header, shape), affine, as_acquired=bool(notes), notes=(*notes, *assumed))
 
@@ -119,9 +119,12 @@ def _affine(header: _Header, dimensions: int) -> NDArray[np.float64]:
     if spacing is None:
         text = "the header has neither ElementSpacing nor ElementSize: write the true spacing into it and try again"
         raise VolumeError("no_spacing", text)
-    axes = matrix[:3, :3].T * spacing[:3]
-    scale = _MILLIMETRES.get(header.fields.get("DistanceUnits", "mm").lower(), 1.0)
-    return np.column_stack([axes, np.zeros(3) if origin is None else origin[:3]]) * scale
+    there = min(dimensions, 3)
+    affine = np.zeros((3, 4))  # of an image of two dimensions, the third axis stays without length
+    affine[:there, :there] = matrix[:3, :3].T * spacing[:3]
+    if origin is not None:
+        affine[:there, 3] = origin[:3]
+    return affine * _MILLIMETRES.get(header.fields.get("DistanceUnits", "mm").lower(), 1.0)
 
 
 def _voxels(header: _Header, shape: tuple[int, int, int]) -> NDArray[Any]:

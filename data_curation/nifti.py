@@ -55,7 +55,7 @@ def load(path: Path, max_voxels: int = MAX_VOXELS, fewest: int = 2) -> Grid:
                 "the header has neither qform nor sform (or is Analyze 7.5), so left and right are unknown: "
                 "convert the original DICOM series again, or set the qform",
             )
-        affine, notes = place(np.diag([-1.0, -1.0, 1.0]) @ header.affine)
+        affine, notes = place(np.diag([-1.0, -1.0, 1.0]) @ header.affine, shape[2])
         voxels = _voxels(image, header, shape)
     return Grid(voxels, affine, as_acquired=bool(notes), notes=notes)
 

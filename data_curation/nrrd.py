@@ -68,7 +68,7 @@ def load(path: Path, max_voxels: int = MAX_VOXELS, fewest: int = 2) -> Grid:
         header = _header(path)
         sizes, axes = _axes(header)
         shape = volume_shape(sizes, max_voxels, fewest)
-        affine, notes = place(_affine(header, axes[:3]))
+        affine, notes = place(_affine(header, axes[:3]), shape[2])
     return Grid(_voxels(header, shape), affine, as_acquired=bool(notes), notes=notes)
 
 
@@ -163,8 +163,9 @@ def _affine(header: _Header, vectors: list[str]) -> NDArray[np.float64]:
     named = header.fields.get("space", "").lower().strip('"')
     named = named.removesuffix("-time")
     space = _SHORT_SPACES.get(named.removesuffix("t"), named)
-    if not named and _int(header.fields.get("spacedimension", "0"), "space dimension") > 3:
-        space = "left-posterior-superior"  # ITK writes four-dimensional images without a name for the LPS it means
+    dimension = 3 if named else _int(header.fields.get("spacedimension", "3"), "space dimension")
+    if dimension in (2, 4):
+        space = "left-posterior-superior"  # ITK writes such images without a name for the LPS it means
     if space not in _SPACES or "?" in vectors or "none" in vectors:
         text = f"space '{named or 'missing'}'" + (" without space directions" if "?" in vectors else "")
         raise VolumeError(
@@ -172,8 +173,8 @@ def _affine(header: _Header, vectors: list[str]) -> NDArray[np.float64]:
             f"the header has {text}, so left and right are unknown: convert the original DICOM series again, "
             "or set space and space directions",
         )
-    columns = [_vector(vector) for vector in vectors]
-    origin = _vector(header.fields["spaceorigin"]) if "spaceorigin" in header.fields else np.zeros(3)
+    columns = [_vector(vector, dimension) for vector in vectors] + [np.zeros(3)] * (3 - len(vectors))
+    origin = _vector(header.fields["spaceorigin"], dimension) if "spaceorigin" in header.fields else np.zeros(3)
     affine: NDArray[np.float64] = np.column_stack([*columns, origin]) * np.array(_SPACES[space])[:, None]
     return affine * _unit(header)
 
@@ -184,14 +185,15 @@ def _unit(header: _Header) -> float:
     return {"m": 1000.0, "cm": 10.0, "um": 1e-3, "µm": 1e-3}.get(units.pop(), 1.0) if len(units) == 1 else 1.0
 
 
-def _vector(text: str) -> NDArray[np.float64]:
+def _vector(text: str, dimension: int) -> NDArray[np.float64]:
+    """The first three numbers; a 0 behind the two of a plane."""
     try:
         values = [float(part) for part in text.strip("() ").split(",")]
     except ValueError:
         values = []
-    if len(values) < 3:
+    if len(values) < min(dimension, 3):
         raise VolumeError("unreadable", f"the header is damaged: '{text[:80]}' is no place in space")
-    return np.array(values[:3])
+    return np.array([*values, 0.0][:3])
 
 
 def _voxels(header: _Header, shape: tuple[int, int, int]) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 
 from data_curation.grid import Grid, from_image
-from data_curation.volumes import VolumeError
+from data_curation.rules.lost_offset import NOTE as INTERCEPT
+from data_curation.volumes import Found, VolumeError
 from downstream.cases import CaseError
-from downstream.dicom_seg import misplaced, series_slices
+from downstream.dicom_seg import on_one_affine, series_slices
 from downstream.ensemble import Ensemble, load_models
-from downstream.geometry import Place
+from downstream.geometry import HARDLY_CT, Place, Scan
 from downstream.images import image_of, read_image
 from downstream.inference import Window
 from downstream.naming import one_image
@@ -55,8 +57,10 @@ class Segmenter:
         A path (a file, or the folder of one DICOM series) or a three-dimensional SimpleITK.Image gives an image of
         SimpleITK (uint8) with the geometry of what was given. A NumPy array of HU [Z, Y, X] (z foot to head, y front to
         back, x right to left of the patient) with its `spacing` (z, y, x) in mm gives an array [Z, Y, X], uint8. Of a
-        model of several channels give as many of them, in its order; the first one's geometry counts.
+        model of several channels give as many of them, in its order; the first one's geometry counts. Where the slices
+        of a series lean, so do the directions of the label map.
 
+        UserWarning: the values are hardly those of CT, or had lost their rescale intercept, which is put back.
         VolumeError, CaseError (both ValueError): it cannot be used; the text says why.
         """
         channels = self.ensemble.headers[0].channels
@@ -68,14 +72,25 @@ class Segmenter:
         if isinstance(given[0], str | Path):
             founds = [one_image(Path(path), name) for path, name in zip(given, names, strict=True)]
             read, what = read_image(founds, kinds, names), str(given[0])
-            if founds[0].kind == "dicom" and (
-                reason := misplaced(series_slices(founds[0], read.scan.own), read.scan.own)
-            ):
-                raise VolumeError("misplaced", f"{what}: {reason.replace('use', 'use axial predict with')}")
+            place = _placed(founds[0], read.scan)
         else:
             read = image_of([_grid(one, spacing) for one in given], kinds, names)
+            place = read.scan.own
+        for note in read.scan.volume.notes:
+            if HARDLY_CT in note or INTERCEPT in note:
+                warnings.warn(f"{what}: {note}", stacklevel=2)
         array = label_image(self.ensemble, read, self.window, what)
-        return array if isinstance(given[0], np.ndarray) else _as_image(array, read.scan.own, given[0])
+        return array if isinstance(given[0], np.ndarray) else _as_image(array, place, given[0])
+
+
+def _placed(found: Found, scan: Scan) -> Place:
+    """The grid of the label map; leaning as the slices of a tilted gantry do. VolumeError: no affine says where."""
+    if found.kind != "dicom":
+        return scan.own
+    place, reason = on_one_affine(series_slices(found, scan), scan.own)
+    if reason:
+        raise VolumeError("misplaced", f"{found.path}: {reason}; use axial predict with dicom=seg")
+    return place
 
 
 def _grid(image: Any, spacing: Sequence[float] | None) -> Grid:

@@ -26,7 +26,7 @@ from launch.run import write_text
 
 __all__ = ["Facts", "fingerprint", "orientation", "read_facts", "table"]
 
-VERSION = 1
+VERSION = 2
 _SHOWN = 10  # cases whose notes are shown
 _LETTERS = (("R", "L"), ("A", "P"), ("I", "S"))  # where an axis comes from and goes to, along x, y and z of LPS
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import struct
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +17,18 @@ from numpy.typing import NDArray
 
 from data_curation import nifti
 from data_curation.aside import aside
+from data_curation.extent import SHEAR_DEGREES, orthogonal
 from data_curation.finding import KINDS, parts
-from data_curation.grid import OBLIQUE_DEGREES, Grid, from_image
-from data_curation.rules import Limits
+from data_curation.grid import OBLIQUE_DEGREES, Grid, from_image, outgrows
+from data_curation.rules import Limits, label, lost_offset, not_ct, windowed
 from data_curation.volumes import Found, Volume, VolumeError, load, of_grid
 from downstream.cases import CaseError, file_ending
+from downstream.label_headers import label_header, sform_header, with_voxels
 from downstream.nifti_file import write_nifti
 
 __all__ = [
+    "HARDLY_CT",
+    "LIMITS",
     "LabelMap",
     "Place",
     "Scan",
@@ -34,6 +36,8 @@ __all__ = [
     "difference",
     "found_at",
     "from_lps",
+    "kept_thin",
+    "loaded",
     "lps",
     "place_of",
     "planes",
@@ -43,6 +47,10 @@ __all__ = [
     "to_lps",
     "write_labelmap",
 ]
+
+
+HARDLY_CT = "hardly CT in HU"
+LIMITS = Limits(min_slices=1, phases="first", max_gap=float("inf"))  # what is read, though no corpus would take it
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Scan:
-    """A CT volume in LPS order, its file's grid `own`, and the grid `place` on which `volume.hu` lies."""
+    """A CT volume in LPS order, its file's grid `own`, and the grid `place` on which `volume.hu` lies.
+
+    Of a DICOM series also `places` [k, 3], where each slice of `own` lies, mm in LPS, and `taken` [k], which of the
+    series' files or frames it is.
+    """
 
     volume: Volume
     own: Place
     place: Place
+    places: NDArray[np.float64] | None = None
+    taken: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,9 +119,8 @@ def difference(a: Place, b: Place) -> str:
 
 def _order(place: Place) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """For each LPS axis the index axis nearest to it, and whether that runs backwards: the reader's own choice."""
-    cosines = place.affine[:, :3] / np.asarray(place.spacing)
-    best = max(itertools.permutations(range(3)), key=lambda p: sum(abs(cosines[row, p[row]]) for row in range(3)))
-    return best, tuple(bool(cosines[row, best[row]] < 0) for row in range(3))
+    best = Grid(np.empty((0, 0, 0), np.uint8), place.affine).order
+    return best, tuple(bool(place.affine[row, best[row]] < 0) for row in range(3))
 
 
 def lps(place: Place) -> Place:
@@ -200,18 +213,53 @@ def read_labelmap(path: Path) -> LabelMap:
 def read_scan(found: Found) -> Scan:
     """The image as every reader of this project sees it, and both grids; one slice is an image too.
 
-    VolumeError: see `data_curation.volumes`.
+    What would have to be cut out of a corpus is read where its label map can say where it lies: a series with a hole,
+    the first of several phases. The volume's notes tell of it. VolumeError: see `data_curation.volumes`.
     """
-    return scan_of(load(found, Limits(min_slices=1)), found.source or found.path.name)
+    return scan_of(loaded(found), found.source or found.path.name)
+
+
+def loaded(found: Found) -> Grid:
+    """The voxels as stored. VolumeError: it cannot be read."""
+    try:
+        return load(found, LIMITS)
+    except VolumeError as fault:
+        if fault.reason != "too_large":
+            raise
+        text = fault.message.partition(", more than")[0]
+        raise VolumeError(
+            "too_large", f"{text}, too many: the header is damaged, or cut the image into parts"
+        ) from None
 
 
 def scan_of(grid: Grid, source: str) -> Scan:
     """The same of voxels that are in memory."""
-    volume = of_grid(grid, source)
+    grid = kept_thin(grid)
+    volume = _judged(of_grid(grid, source, LIMITS))
     own = place_of(grid)
-    straight = _straight(own, volume) if _is_resampled(grid) else lps(own)
+    turned = grid.as_acquired or grid.angle <= OBLIQUE_DEGREES
+    straight = lps(own) if turned else _straight(own, volume)
     assert straight.size == volume.hu.shape[::-1], f"{source}: {straight.size} is not the grid of {volume.hu.shape}"
-    return Scan(volume, own, straight)
+    return Scan(volume, own, straight, grid.places, grid.taken)
+
+
+def kept_thin(grid: Grid) -> Grid:
+    """Few slices that lie oblique stay as acquired: between them is nothing that could be resampled."""
+    if grid.voxels.ndim != 3 or grid.as_acquired or grid.angle <= OBLIQUE_DEGREES or not outgrows(grid):
+        return grid
+    note = f"oblique by {grid.angle:.1f} degrees and thin: slices kept as acquired"
+    return replace(grid, as_acquired=True, notes=(*grid.notes, note))
+
+
+def _judged(volume: Volume) -> Volume:
+    """CT whose rescale intercept was lost gets it back; values that are hardly those of CT are told, not refused."""
+    volume = lost_offset.repair(volume, LIMITS)
+    try:
+        for rule in (label.apply, windowed.apply, not_ct.apply):
+            rule(volume, LIMITS)
+    except VolumeError as fault:
+        return volume.noted(f"{HARDLY_CT}, taken as it is: {fault}")
+    return volume
 
 
 def found_at(path: Path) -> Found:
@@ -247,14 +295,6 @@ def place_of(grid: Grid) -> Place:
     return Place((i, j, k), grid.affine)
 
 
-def _is_resampled(grid: Grid) -> bool:
-    """Whether the reader brings such a grid onto the patient's axes, instead of only turning it."""
-    own = place_of(grid)
-    order, _ = _order(own)
-    nearest = [abs(own.affine[row, order[row]] / own.spacing[order[row]]) for row in range(3)]
-    return not grid.as_acquired and float(np.degrees(np.arccos(np.clip(min(nearest), 0, 1)))) > OBLIQUE_DEGREES
-
-
 def _straight(own: Place, volume: Volume) -> Place:
     """The grid of an oblique volume after the reader resampled it: along the axes, from the lowest corner."""
     z, y, x = volume.hu.shape
@@ -264,39 +304,29 @@ def _straight(own: Place, volume: Volume) -> Place:
 def write_labelmap(path: Path, array: NDArray[np.uint8], place: Place, like: Path | None = None) -> None:
     """uint8 [z, y, x], compressed; the file appears whole or not at all.
 
-    With `like`, the geometry is that file's, to the last digit. NIfTI and NRRD take over its header, all but type and
-    free text: ITK would write NIfTI's rotation anew in single precision, and NRRD's with other last digits.
+    With `like`, a file of the same kind, the geometry is that file's, to the last digit: its header is taken over.
     """
     assert array.shape == place.size[::-1], f"{array.shape} on a grid of {place.size}"
-    copied = _copied(like, path.name.endswith(".gz")) if like is not None and _kind(like) == _kind(path) else None
-    if copied is not None:
+    kind = KINDS[file_ending(path).lower()]
+    header = label_header(like, kind) if like is not None else None
+    if header is None and kind == "nifti" and orthogonal(place.affine)[1] > SHEAR_DEGREES:
+        header = sform_header(place.size, place.affine)
+    if header is not None:
         with aside(path) as file:
-            file.writelines(copied(array))
-    elif _kind(path) == "nii":
+            file.writelines(with_voxels(header, kind, array, path.name.endswith(".gz")))
+    elif kind == "nifti":
         write_nifti(path, array, place.affine)
     else:
-        _write_itk(path, array, place, like)
+        _write_itk(path, array, place)
 
 
-def _kind(path: Path) -> str:
-    return path.name.lower().removesuffix(".gz").rpartition(".")[2]
-
-
-def _write_itk(path: Path, array: NDArray[np.uint8], place: Place, like: Path | None) -> None:
+def _write_itk(path: Path, array: NDArray[np.uint8], place: Place) -> None:
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(np.ascontiguousarray(array))
-    if like is not None and _kind(like) in ("mha", "mhd"):
-        header = sitk.ImageFileReader()
-        header.SetFileName(str(like))
-        header.ReadImageInformation()
-        spacing, origin, direction = header.GetSpacing()[:3], header.GetOrigin()[:3], header.GetDirection()
-        image.SetDirection(direction if len(direction) == 9 else np.reshape(direction, (4, 4))[:3, :3].ravel().tolist())
-    else:
-        spacing, origin = place.spacing, place.affine[:, 3].tolist()
-        image.SetDirection((place.affine[:, :3] / spacing).ravel().tolist())
-    image.SetSpacing(spacing)
-    image.SetOrigin(origin)
+    image.SetDirection((place.affine[:, :3] / place.spacing).ravel().tolist())
+    image.SetSpacing(place.spacing)
+    image.SetOrigin(place.affine[:, 3].tolist())
     part = path.with_name(f".{os.getpid()}.{path.name}")  # ITK goes by the ending
     try:
         sitk.WriteImage(image, str(part), useCompression=True)
@@ -306,51 +336,3 @@ def _write_itk(path: Path, array: NDArray[np.uint8], place: Place, like: Path | 
         raise OSError(errno.EIO, text, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
-
-
-def _copied(like: Path, packed: bool) -> Callable[[NDArray[np.uint8]], Iterable[bytes]] | None:
-    """How to write an array under the header of another file; None if that header is of a kind we do not take over.
-
-    Whether `like` is compressed shows in its first bytes and not, for sure, in its name.
-    """
-    with like.open("rb") as file:
-        head = file.read(1 << 16)
-    if head.startswith(b"\x1f\x8b"):
-        head = zlib.decompressobj(31).decompress(head, 1 << 16)
-    if head[344:348] == b"n+1\0" and 348 in (order := struct.unpack("<i", head[:4]) + struct.unpack(">i", head[:4])):
-        return lambda array: _nifti(head[:348], "<" if order[0] == 348 else ">", array, packed)
-    if head.startswith(b"NRRD") and b"\n\n" in head and b"data file:" not in head:
-        return lambda array: _nrrd(head.split(b"\n\n")[0], array)
-    return None
-
-
-def _nifti(head: bytes, order: str, array: NDArray[np.uint8], packed: bool) -> Iterable[bytes]:
-    new = bytearray(head)
-    struct.pack_into(f"{order}3h", new, 68, 0, 2, 8)  # intent none, uint8, 8 bits
-    struct.pack_into(f"{order}3f", new, 108, 352.0, 1.0, 0.0)  # offset of the data, scale, shift
-    struct.pack_into(f"{order}2f", new, 124, 0.0, 0.0)  # no display range
-    for start, end in ((14, 32), (148, 252), (328, 344)):  # free text about the image, which may name a patient
-        new[start:end] = bytes(end - start)
-    whole = itertools.chain([bytes(new) + b"\0\0\0\0"], _pieces(array))
-    return _gzip(whole) if packed else whole
-
-
-def _nrrd(head: bytes, array: NDArray[np.uint8]) -> Iterable[bytes]:
-    given = (b"#", b"type:", b"encoding:", b"endian:", b"byte skip:", b"line skip:", b"content:", b"min:", b"max:")
-    kept = [line for line in head.splitlines() if not line.startswith(given) and b":=" not in line]
-    lines = [kept[0], b"type: unsigned char", *kept[1:], b"encoding: gzip"]
-    return itertools.chain([b"\n".join(lines) + b"\n\n"], _gzip(_pieces(array)))
-
-
-def _pieces(array: NDArray[np.uint8]) -> Iterator[bytes]:
-    """The voxels a few slices at a time: `array` may be a turned view, of which no copy is made as a whole."""
-    for start in range(0, len(array), 16):
-        yield array[start : start + 16].tobytes()
-
-
-def _gzip(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes at any time, unlike the gzip module's."""
-    packer = zlib.compressobj(6, wbits=31)
-    for piece in pieces:
-        yield packer.compress(piece)
-    yield packer.flush()

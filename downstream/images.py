@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from data_curation.grid import AIR, Grid, to_lps
-from data_curation.rules import OF_GRIDS, Limits, phases
-from data_curation.volumes import Found, Volume, VolumeError, load
+from data_curation.rules import OF_GRIDS, phases
+from data_curation.volumes import Found, Volume, VolumeError
 from downstream import geometry
 from downstream.channels import SCALE, Kind
 from downstream.geometry import Place, Scan
@@ -98,7 +98,7 @@ def _read_other(found: Found) -> Scan:
     """A scan of any modality, in thousandths of its deviation around its mean."""
     if found.reason == "not_ct":  # what the headers of a DICOM series are told apart by
         found = replace(found, reason="", detail="")
-    return _of_other(load(found), found.source or found.path.name)
+    return _of_other(geometry.loaded(found), found.source or found.path.name)
 
 
 def _of_other(grid: Grid, source: str) -> Scan:
@@ -107,18 +107,18 @@ def _of_other(grid: Grid, source: str) -> Scan:
         raise VolumeError(
             "not_finite", f"{bad:,} voxels are NaN or infinite: write them as the value of the background"
         )
-    grid = phases.apply(grid, Limits())
+    grid = geometry.kept_thin(phases.apply(grid, geometry.LIMITS))
     lowest = grid.voxels.min()
     # From 0 up, as the rules of grids take what lies far below for padding of a CT; the mean takes it off again.
     above = grid.voxels.astype(np.float32) if lowest == 0 else np.subtract(grid.voxels, lowest, dtype=np.float64)
     mean, deviation = float(above.mean(dtype=np.float64)), float(above.std(dtype=np.float64))
     turned = replace(grid, voxels=above.astype(np.float32, copy=False))
     for rule in OF_GRIDS:
-        turned = rule(turned, Limits())
+        turned = rule(turned, geometry.LIMITS)
     voxels, spacing, notes = to_lps(turned)
     stored, more = _thousandths(voxels, mean, deviation)
     volume = Volume(stored, spacing, source, 0.0, (*notes, *more))
-    return Scan(volume, geometry.place_of(grid), geometry.lps(geometry.place_of(turned)))
+    return Scan(volume, geometry.place_of(grid), geometry.lps(geometry.place_of(turned)), grid.places, grid.taken)
 
 
 def _thousandths(voxels: NDArray[Any], mean: float, deviation: float) -> tuple[NDArray[np.int16], list[str]]:

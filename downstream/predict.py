@@ -11,7 +11,7 @@ import csv
 import errno
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +26,11 @@ from data_curation.volumes import Found, VolumeError
 from downstream.allocator import pages_kept
 from downstream.cases import CaseError, file_ending
 from downstream.ensemble import Ensemble, load_models, model_files
+from downstream.geometry import HARDLY_CT
 from downstream.inference import Window
 from downstream.naming import Refused, cases, ending, is_data_set
+from downstream.notes import FILE as NOTES
+from downstream.notes import add_notes, gathered_notes
 from downstream.predicting import predict_image
 from downstream.record import FILE as RECORD
 from downstream.record import entry_of, read_record, write_record
@@ -37,6 +40,8 @@ from launch.progress import progress
 from launch.run import Outcome, command, write_text
 
 __all__ = ["Settings", "main"]
+
+_SHOWN = 20  # notes printed; all are in the file
 
 
 class Settings(base.Settings):
@@ -51,8 +56,8 @@ class Settings(base.Settings):
     window: Window = Field(Window(), description="how slices are gone over")
     dicom: Literal["auto", "nifti", "seg"] = Field(
         "auto",
-        description="what a DICOM series gets: a NIfTI file, or a DICOM SEG; auto: NIfTI, but a SEG where one affine "
-        "cannot say where its slices lie (a tilted gantry, uneven distances)",
+        description="what a DICOM series gets: a NIfTI file (a sheared one of a tilted gantry) or a DICOM SEG; auto: "
+        "NIfTI, but a SEG where its slices lean or lie at uneven distances",
     )
     probabilities: bool = Field(False, description="also CASE.npz with probabilities [heads, k, j, i], as nnU-Net")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -105,6 +110,7 @@ def _work(settings: Settings, ensemble: Ensemble) -> _Work:
     folder.mkdir(parents=True, exist_ok=True)
     _same_model(folder, ensemble)
     _clear(folder)
+    gathered_notes(folder)
     now = {name: entry_of(founds, settings.images) for name, founds in images.items()}
     changed = {name: _made(settings, name, founds) for name, founds in images.items() if record.get(name) != now[name]}
     strange = [path for name, made in changed.items() if name not in record for path in made]
@@ -137,18 +143,28 @@ def _ended(
         csv.writer(file).writerows([("image", "reason", "detail"), *refused])
     for name, reason, detail in refused:
         print(f"not predicted: {name}: {reason}: {detail}")
+    _tell(gathered_notes(settings.folder))
     made = [path for name, found in images.items() for path in _paths(settings, name, found) if path.is_file()]
     endings = [file_ending(path) for path in made if path.suffix != ".dcm"]
     _describe(settings.folder, ensemble, endings)
     print(f"{len(made)} of {len(made) + len(refused)} images have their label map in {settings.folder}")
     if settings.dicom == "auto" and (objects := [path.name for path in made if path.suffix == ".dcm"]):
-        print(f"as DICOM SEG, since no NIfTI can say where their slices lie: {', '.join(objects)}")
+        print(f"as DICOM SEG, since their slices lean or lie unevenly: {', '.join(objects)}")
     if gone := sorted(read_record(settings.folder).keys() - images.keys()):
         more = ", ..." if len(gone) > 10 else ""
         print(f"{RECORD} names {len(gone)} case(s) of images that are no longer there: {', '.join(gone[:10])}{more}")
     scores = f"folder={settings.folder}_scores"
     following = (command("evaluate", f"predictions={settings.folder}", "labels=LABELS", scores),)
     return Outcome(made=(str(settings.folder),), next=following if endings else (), ok=bool(made))
+
+
+def _tell(notes: Mapping[str, str]) -> None:
+    """Those first that may make a label map worthless."""
+    listed = sorted(notes.items(), key=lambda one: (HARDLY_CT not in one[1], one))
+    for name, text in listed[:_SHOWN]:
+        print(f"{'WARNING' if HARDLY_CT in text else 'note'}: {name}: {text}")
+    if len(listed) > _SHOWN:
+        print(f"notes on {len(listed) - _SHOWN} more images are in {NOTES}")
 
 
 def _predict_all(ensemble: Ensemble, work: _Work, settings: Settings, here: World) -> list[Refused]:
@@ -160,7 +176,8 @@ def _predict_all(ensemble: Ensemble, work: _Work, settings: Settings, here: Worl
         path, *otherwise = _paths(settings, name, found)
         scores = settings.folder / f"{name}.npz" if settings.probabilities else None
         try:
-            predict_image(ensemble, found, path, settings.window, scores, *otherwise)
+            tell = partial(add_notes, settings.folder, here.rank, name)
+            predict_image(ensemble, found, path, settings.window, scores, next(iter(otherwise), None), tell)
         except Exception as fault:
             if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise  # so would all the others

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_curation.volumes import Found, VolumeError
 from downstream import geometry
-from downstream.dicom_seg import misplaced, series_slices, write_seg
+from downstream.dicom_seg import on_one_affine, series_slices, write_seg
 from downstream.ensemble import Ensemble
 from downstream.geometry import Scan
 from downstream.images import Image, read_image
@@ -29,33 +29,45 @@ def predict_image(
     window: Window,
     scores: Path | None = None,
     otherwise: Path | None = None,
-) -> Path:
+    tell: Callable[[Sequence[str]], None] = lambda notes: None,
+) -> None:
     """Reads an image, a file a channel, and writes its label map: size, spacing, origin and directions are the first
     file's own. An ending `.dcm` makes a DICOM SEG. `scores` takes the probabilities [heads, k, j, i], as nnU-Net's.
 
-    Where a file with one affine cannot say where the slices of a series lie, `otherwise`, a `.dcm`, is written instead.
-    What was written is returned. VolumeError: it cannot be read, or such slices and no `otherwise`. CaseError: channels
-    that do not belong together.
+    Where a file with one affine cannot say where the slices of a series lie, `otherwise`, a `.dcm`, is written instead;
+    an even tilt can be said by a sheared affine where no SEG can be had. `tell` is given what is to be told of image
+    and label map before that is there. VolumeError: it cannot be read, or nothing can place its slices. CaseError:
+    channels that do not belong together.
     """
     channels = ensemble.headers[0].channels
     image = read_image(founds, [channel.kind for channel in channels], [channel.name for channel in channels])
-    first, own, seg = founds[0], image.scan.own, path.suffix == ".dcm"
-    slices = series_slices(first, own) if first.kind == "dicom" else None
-    if slices is not None and not seg and (reason := misplaced(slices, own)):
-        if otherwise is None:
-            raise VolumeError("misplaced", reason)
-        path, seg = otherwise, True
+    own, seg, notes = image.scan.own, path.suffix == ".dcm", image.scan.volume.notes
+    slices = series_slices(founds[0], image.scan) if founds[0].kind == "dicom" else None
+    crooked = ""
+    if slices is not None and not seg:
+        own, crooked = on_one_affine(slices, own)
+        if crooked and otherwise is None:
+            raise VolumeError("misplaced", f"{crooked}; use dicom=seg")
+        seg = otherwise is not None and own is not image.scan.own
     if scores is None:
-        array = label_image(ensemble, image, window, str(first.path))
+        array = label_image(ensemble, image, window, str(founds[0].path))
     else:
         with _Scores(scores, len(ensemble.labels.heads), image.scan) as kept:
-            array = label_image(ensemble, image, window, str(first.path), kept.put)
+            array = label_image(ensemble, image, window, str(founds[0].path), kept.put)
     if seg:
         assert slices is not None, "only DICOM series get a segmentation object"
-        write_seg(path, array, slices, ensemble.labels, ensemble.digest)
-    else:
-        geometry.write_labelmap(path, array, own, None if first.kind == "dicom" else first.path)
-    return path
+        target = otherwise or path
+        try:
+            write_seg(target, array, slices, ensemble.labels, ensemble.digest, tell=lambda more: tell((*notes, *more)))
+            return
+        except VolumeError as fault:
+            if otherwise is None or crooked:
+                raise
+            notes = (*notes, str(fault))
+    if own is not image.scan.own:
+        notes = (*notes, "its slices lean: the NIfTI says so by a sheared sform, which ITK does not read")
+    tell(notes)
+    geometry.write_labelmap(path, array, own, None if founds[0].kind == "dicom" else founds[0].path)
 
 
 def label_image(

@@ -36,7 +36,7 @@ from downstream.sharing import shared
 
 __all__ = ["Prepared", "channel_windows", "prepare", "prepare_case", "resample", "target_size"]
 
-VERSION = 3  # of the files; another one makes old files be made anew
+VERSION = 4  # of the files; another one makes old files be made anew
 
 
 @dataclass(frozen=True)

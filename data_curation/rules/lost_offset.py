@@ -16,7 +16,9 @@ from data_curation.grid import AIR, Volume, VolumeError
 from data_curation.histogram import Values
 from launch import settings
 
-__all__ = ["Settings", "apply", "repair"]
+__all__ = ["NOTE", "Settings", "apply", "repair"]
+
+NOTE = f"rescale intercept was missing: {AIR} added to every voxel"
 
 
 class Settings(settings.Settings):
@@ -29,8 +31,7 @@ def repair(volume: Volume, settings: Settings) -> Volume:
     """The volume with 1024 taken off, and a note, where the rescale intercept was lost; else the volume itself."""
     if not settings.repair_offset or not _lost(volume.values):
         return volume
-    note = f"rescale intercept was missing: {AIR} added to every voxel"
-    return replace(volume, hu=volume.hu + np.int16(AIR), notes=(*volume.notes, note))
+    return replace(volume, hu=volume.hu + np.int16(AIR), notes=(*volume.notes, NOTE))
 
 
 def apply(volume: Volume, settings: Settings) -> Volume:
