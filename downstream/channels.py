@@ -12,7 +12,7 @@ from torch import Tensor
 from launch.settings import Settings
 from pretrain.data.window import HuWindow
 
-__all__ = ["SCALE", "ZSCORE", "Channel", "image", "kind_of", "network_channels"]
+__all__ = ["SCALE", "ZSCORE", "Channel", "channels_through", "image", "kind_of", "network_channels"]
 
 SCALE = 1000.0  # a channel that is no CT is kept as thousandths of its own image's deviation, around its mean
 ZSCORE = HuWindow(low=-32 * SCALE, high=32 * SCALE, mean=0.0, std=SCALE)
@@ -36,6 +36,12 @@ def kind_of(name: str) -> Kind:
 def network_channels(channels: Sequence[Channel]) -> int:
     """How many channels the network sees."""
     return sum(channel.window.channels for channel in channels)
+
+
+def channels_through(names: Sequence[str], window: HuWindow | None) -> int:
+    """How many channels the network sees, each CT channel through `window`, or where that is None through one."""
+    each = window.channels if window is not None else 1
+    return sum(each if kind_of(name) == "ct" else 1 for name in names)
 
 
 def image(stored: Tensor, channels: Sequence[Channel]) -> Tensor:

@@ -135,6 +135,7 @@ def test_other_settings_in_the_same_folder_are_refused(trained: Path, dataset: P
         ({"patches": {"size": 30}}, "no multiple of the backbone's 8"),
         ({"decoder": {"kind": "pyramid"}}, "reads 4 blocks, the backbone has 2"),
         ({"split": {"val": ["nobody"]}}, "nobody"),
+        ({"optim": {"betas": [1.5, 0.9]}}, "less than 1"),
     ],
 )
 def test_mistakes_are_found_before_training(dataset: Path, tmp_path: Path, changes: dict[str, Any], what: str) -> None:
@@ -262,8 +263,7 @@ def test_the_last_validation_is_done_once(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, looks: int
 ) -> None:
     calls = []
-    for module in (finetune, training):
-        monkeypatch.setattr(module, "validate", lambda *given: calls.append(1) or validate(*given))
+    monkeypatch.setattr(training, "validate", lambda *given: calls.append(1) or validate(*given))
     finetune.main(settings(tmp_path, dataset, validate_every=every))
     assert len(calls) == looks
     found = json.loads((tmp_path / "validation.json").read_text())
@@ -299,6 +299,10 @@ def test_a_dry_run_reads_no_voxel(dataset: Path, tmp_path: Path, monkeypatch: py
     text = finetune.dry_run(settings(tmp_path, dataset))
     assert "3 cases to train, 1 to validate; labels that exclude one another: liver, spine" in text
     assert "blocks [0, 1]" in text
+    assert "a checkpoint is 0.00 GiB" in text
+    assert "stem" not in text
+    windows = [{"low": [-1000, -160], "high": [0, 240], "mean": [-500, 40], "std": [300, 100]}]
+    assert "stem" in finetune.dry_run(settings(tmp_path, dataset, normalisation=windows)), "two channels for one"
 
 
 def test_a_batch_depends_on_seed_and_step_only(dataset: Path, tmp_path: Path) -> None:
