@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["aside", "sweep", "sync", "write_parquet"]
+__all__ = ["aside", "link_or_copy", "sweep", "sync", "write_parquet"]
 
 _ASIDE = ".part"
 _DAY_S = 86400.0  # nobody writes one file that long
@@ -45,6 +46,22 @@ def aside(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """A file under another name too: as a hard link, or as a copy where there can be none. Was it a link?"""
+    part = target.with_name(f".{target.name}.{os.getpid()}{_ASIDE}")
+    try:
+        os.link(source.resolve(), part)
+        os.replace(part, target)
+        return True
+    except OSError:  # another file system, or one without links
+        pass
+    finally:
+        part.unlink(missing_ok=True)  # left by a replacement of a file by itself
+    with source.open("rb") as file, aside(target) as out:
+        shutil.copyfileobj(file, out, 1 << 20)
+    return False
 
 
 def sync(path: Path) -> None:

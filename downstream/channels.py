@@ -12,7 +12,7 @@ from torch import Tensor
 from launch.settings import Settings
 from pretrain.data.window import HuWindow
 
-__all__ = ["AIR", "SCALE", "ZSCORE", "Channel", "image", "kind_of", "network_channels"]
+__all__ = ["AIR", "SCALE", "ZSCORE", "Channel", "channels_through", "image", "kind_of", "network_channels"]
 
 AIR = -1000  # stored value around a slice smaller than the patch: HU, and elsewhere one deviation below the mean
 SCALE = 1000.0  # a channel that is no CT is kept as thousandths of its own image's deviation, around its mean
@@ -45,6 +45,12 @@ def kind_of(name: str) -> Kind:
 def network_channels(channels: Sequence[Channel]) -> int:
     """How many channels the network sees."""
     return sum(channel.window.channels for channel in channels)
+
+
+def channels_through(names: Sequence[str], window: HuWindow | None) -> int:
+    """How many channels the network sees, each CT channel through `window`, or where that is None through one."""
+    each = window.channels if window is not None else 1
+    return sum(each if kind_of(name) == "ct" else 1 for name in names)
 
 
 def image(stored: Tensor, channels: Sequence[Channel]) -> Tensor:

@@ -10,7 +10,6 @@ import errno
 import gzip
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation.aside import aside
+from data_curation.aside import aside, link_or_copy
 from data_curation.catalogue import CATALOGUE, Case
 from data_curation.rules import Limits, unknown_spacing
 from data_curation.volumes import VolumeError, load
@@ -208,17 +207,7 @@ def _placed(source: Path, target: Path, link: bool) -> list[str]:
     """The file under another name: as a hard link, else as a copy; compressed where the target's name says so."""
     packed, wanted = is_packed(source), target.name.endswith(".gz")
     if link and packed == wanted:
-        own = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            os.link(source.resolve(), own)
-            os.replace(own, target)
-            return []
-        except OSError:  # another file system, or one without links
-            note = ["copied: this file system has no links to the source"]
-        finally:
-            own.unlink(missing_ok=True)  # left by a replacement of a file by itself
-    else:
-        note = []
+        return [] if link_or_copy(source, target) else ["copied: this file system has no links to the source"]
     assert wanted or not packed, f"{source} is compressed, {target} is not"
     with source.open("rb") as file, aside(target) as out:
         if packed == wanted:
@@ -226,4 +215,4 @@ def _placed(source: Path, target: Path, link: bool) -> list[str]:
         else:
             with gzip.GzipFile("", "wb", 6, out, 0) as squeezed:
                 shutil.copyfileobj(file, squeezed, 1 << 20)
-    return note
+    return []

@@ -95,9 +95,9 @@ def _phantoms(settings: Settings, root: Path, labelled: Path) -> None:
             raise DemoError(f"{root} holds the phantoms of another demo; give another folder")
         return
     print(f"phantom CTs -> {root}")
-    each = settings.unlabelled // len(LAYOUTS)
+    each, more = divmod(settings.unlabelled, len(LAYOUTS))
     seeds = iter(range(settings.seed, settings.seed + 10_000))
-    total = len(LAYOUTS) * each + settings.labelled + settings.held_out
+    total = settings.unlabelled + settings.labelled + settings.held_out
     with Progress(total, "phantoms", "CTs") as bar:
 
         def take(count: int) -> Iterator[int]:
@@ -105,8 +105,8 @@ def _phantoms(settings: Settings, root: Path, labelled: Path) -> None:
                 yield seed
                 bar.advance()
 
-        for layout in LAYOUTS:
-            phantom.write(layout, root / "ct" / layout, list(take(each)), SHAPE)
+        for number, layout in enumerate(LAYOUTS):
+            phantom.write(layout, root / "ct" / layout, list(take(each + (number < more))), SHAPE)
         chosen = list(take(settings.labelled + settings.held_out))
         phantom.write("nnunet", labelled, chosen, SHAPE, organs=ORGANS, tests=settings.held_out)
     done.write_text(json.dumps(drawn))
@@ -114,7 +114,13 @@ def _phantoms(settings: Settings, root: Path, labelled: Path) -> None:
 
 def _corpus_yaml(root: Path) -> Path:
     """The configuration of a corpus, as a user writes it."""
-    lines = ["datasets:", *(f"  - {{name: {layout}, root: {root / 'ct' / layout}}}" for layout in LAYOUTS)]
+    lines = [
+        "datasets:",
+        *(
+            f"  - {{name: {layout}, root: {json.dumps(str(root / 'ct' / layout), ensure_ascii=False)}}}"
+            for layout in LAYOUTS
+        ),
+    ]
     path = root / "corpus.yaml"
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -11,14 +11,17 @@ from functools import partial
 
 from downstream import tuning
 from downstream.cases import CaseError, Dataset, open_dataset, split
-from downstream.crossvalidation import predict_cases, score_maps
+from downstream.crossvalidation import predict_cases, score_maps, scored_weights
 from downstream.model import Header, SegmentationModel, save_model
 from downstream.prepared import Prepared, prepare
+from downstream.segmentation import Segmentation
 from downstream.settings import OptimSettings, Settings
-from downstream.training import assemble, outline, run, speaker
-from downstream.validation import Table, joined, read_report, report, validate
+from downstream.training import assemble, data_of, digest, outline, run, speaker
+from downstream.validation import Table, joined, read_report, report
 from launch.distributed import WAIT_S, World, barrier, world
 from launch.run import Outcome, command
+from pretrain.checkpoint import checkpoint_bytes
+from pretrain.checkpoint_writer import through_lead
 
 __all__ = ["OptimSettings", "Settings", "dry_run", "main"]
 
@@ -39,7 +42,9 @@ def main(settings: Settings) -> Outcome:
             print(report(settings.folder, joined(held), settings.steps))
         if here.rank == 0 and held and settings.maps != "none":
             score_maps(settings.folder, [one.folder for one in runs], dataset)
-    model = settings.folder if len(runs) > 1 else settings.folder / "model.safetensors"
+    files = [str(scored_weights(one)) for one in runs]
+    several = f"[{','.join(files)}]" if settings.maps == "best" else str(settings.folder)
+    model = files[0] if len(files) == 1 else several
     names = ("validation.json", "validation.csv", "validation", "scores", "best.safetensors")
     made = [f"{one.folder}/model.safetensors" for one in runs]
     made += [f"{settings.folder}/{name}" for name in names if (settings.folder / name).exists()]
@@ -69,8 +74,9 @@ def _one(settings: Settings, dataset: Dataset, cases: Mapping[str, Prepared], he
     settings.folder.mkdir(parents=True, exist_ok=True)
     barrier()
     say = speaker(here)
-    known = read_report(settings.folder, settings.steps, validation) if val_cases else None
-    if known is not None and (settings.folder / "model.safetensors").is_file():
+    data = digest(data_of(train_cases, val_cases))
+    known = _known(settings, data, here) if val_cases else None
+    if known is not None:
         say(f"{settings.folder}: done before")
         return known
     model, header = assemble(settings, dataset, train_cases, say)
@@ -78,16 +84,25 @@ def _one(settings: Settings, dataset: Dataset, cases: Mapping[str, Prepared], he
     ended, table = run(settings, model, header, train_cases, val_cases, here)
     header = header.model_copy(update={"step": ended})
     save_model(settings.folder / "model.safetensors", model, header, write=here.rank == 0)
-    if not val_cases:
+    if table is None:
         return None
-    table = table or validate(model, header, val_cases, settings.window, here)
     if settings.maps != "none":
         barrier()
         predict_cases(settings, dataset, validation, here)
         barrier()
     if here.rank == 0:
-        print(report(settings.folder, table, ended))
+        print(report(settings.folder, table, ended, data))
     return table
+
+
+def _known(settings: Settings, data: str, here: World) -> Table | None:
+    """The table of a run that was finished before, on the same data. Rank 0 reads it for all."""
+
+    def look(ranks: list[None]) -> list[Table | None]:
+        whole = (settings.folder / "model.safetensors").is_file()
+        return [read_report(settings.folder, settings.steps, data) if whole else None] * len(ranks)
+
+    return through_lead(here, None, look)
 
 
 def _check(settings: Settings, dataset: Dataset, here: World) -> None:
@@ -142,6 +157,7 @@ def _lines(settings: Settings, dataset: Dataset, model: SegmentationModel, train
         f"{dataset.name}: {training} cases to train, {validation} to validate; {rule}: {organs}",
         f"blocks {list(model.blocks)} are read",
         tuning.parameter_table(model),
+        f"a checkpoint is {checkpoint_bytes(Segmentation(model, dataset.labels)) / 2**30:.2f} GiB",
         f"{settings.steps} steps of {settings.patches.batch_size} patches of {settings.patches.size} px: "
         f"{passes:.0f} patches a case",
     ]

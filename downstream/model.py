@@ -182,7 +182,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Segmenta
     except SafetensorError as fault:
         raise ModelError(f"{path}: not a whole safetensors file ({fault}); copy or export it again") from None
     if described.get("format") != FORMAT:
-        kind = "a backbone without a decoder?" if "vit" in str(described)[:2000] else "not written by `axial finetune`"
+        kind = "a backbone without a decoder?" if "axial" in described else "not written by `axial finetune`"
         raise ModelError(f"{path}: no segmentation model ({kind}); give the model.safetensors of a finetune run")
     try:
         header = Header.model_validate_json(described["header"])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import launch.settings
 from data_curation.aside import aside
 from downstream.channels import Channel, image
+from downstream.ensemble import model_files
 from downstream.model import FORMAT, Header, ModelError, SegmentationModel, load_model
 from launch.run import Outcome
 
@@ -39,7 +40,7 @@ _OUTPUT = "float32 [batch, head, row, column]: a softmax over heads, or a sigmoi
 class Settings(launch.settings.Settings):
     """Export of a segmentation model to ONNX."""
 
-    model: Path = Field(description="model.safetensors of a finetune run")
+    model: Path = Field(description="model.safetensors of a finetune run, or its folder")
     output: Path | None = Field(None, description="file to write, NAME.onnx; null: beside the model")
     size: tuple[int, int] | None = Field(
         None, description="rows and columns of a slice, px; null: the model's patch. The batch is free"
@@ -77,9 +78,12 @@ class Whole(nn.Module):
 def main(settings: Settings) -> Outcome:
     """Export; an existing file is replaced only once the new one is whole and gives the model's logits."""
     _installed("onnx", "onnxscript", *(["onnxruntime"] if settings.check else []))
-    model, header = load_model(settings.model)
+    source, *more = model_files(settings.model)
+    if more:
+        raise ModelError(f"{settings.model} holds {1 + len(more)} models, and an ONNX file is one; give one of them")
+    model, header = load_model(source)
     size = settings.size or (header.patch, header.patch)
-    output = settings.output or settings.model.with_suffix(".onnx")
+    output = settings.output or source.with_suffix(".onnx")
     if output.is_dir():
         raise ModelError(f"output {output} is a folder; give a file in it, NAME.onnx")
     example = _example(header, size)
@@ -90,7 +94,7 @@ def main(settings: Settings) -> Outcome:
         own = 0.0 if worst <= TOLERANCE else _rounding(model, header, example)
         if not worst <= max(TOLERANCE, ROUNDINGS * own):
             raise ModelError(
-                f"{settings.model}: onnxruntime's logits differ by {worst:.1e}, where float32 itself is uncertain by "
+                f"{source}: onnxruntime's logits differ by {worst:.1e}, where float32 itself is uncertain by "
                 f"{own:.0e}; nothing is written"
             )
         said = f", logits equal to {worst:.0e}"

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from downstream.cases import CaseError, Dataset, Split, open_dataset, split, told
-from downstream.channels import ZSCORE, kind_of
+from downstream.channels import ZSCORE, channels_through, kind_of
 from downstream.choices import Decoder, Tuning
 from downstream.context import Context
 from downstream.decoders import pyramid
@@ -180,8 +180,7 @@ def _backbone(settings: Settings) -> tuple[VitSettings, HuWindow | None]:
 
 def _network(settings: Settings, dataset: Dataset, vit: VitSettings, window: HuWindow | None) -> Network:
     """With channels as the normalisation makes them: several windows of CT are several."""
-    each = window.channels if window is not None else 1
-    channels = sum(each if kind_of(name) == "ct" else 1 for name in dataset.channels)
+    channels = channels_through(dataset.channels, window)
     return Network(vit, settings.decoder, settings.tuning, dataset.labels, channels, settings.context)
 
 

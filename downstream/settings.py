@@ -19,6 +19,7 @@ from launch import settings as base
 from pretrain.checkpoint import CheckpointSettings
 from pretrain.data.window import HuWindow
 from pretrain.models.vit import VitSettings
+from pretrain.optim import Beta
 from pretrain.parallel import ParallelSettings
 from pretrain.settings import LogSettings
 from pretrain.watchdog import WatchdogSettings
@@ -32,7 +33,7 @@ class OptimSettings(base.Settings):
     lr: float = Field(3e-4, gt=0, description="learning rate of the decoder")
     backbone_lr: float = Field(3e-5, ge=0, description="learning rate of what is trained in the backbone")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay, of all parameters")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="decay of Adam's two averages")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="decay of Adam's two averages")
     clip: float | None = Field(12.0, gt=0, description="largest gradient norm; null: no clipping")
 
 

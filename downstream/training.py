@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from downstream import tuning
 from downstream.cases import Dataset
-from downstream.channels import ZSCORE, Channel, kind_of, network_channels
+from downstream.channels import ZSCORE, Channel, channels_through, kind_of, network_channels
 from downstream.model import Header, SegmentationModel, build
 from downstream.prepared import Prepared, channel_windows
 from downstream.segmentation import Segmentation, Source, batches, parameter_groups
@@ -31,7 +32,7 @@ from pretrain.parallel import compile_blocks, recompute_blocks, shard
 from pretrain.released import load_backbone
 from pretrain.schedule import Schedule, Schedules
 
-__all__ = ["assemble", "outline", "run", "speaker"]
+__all__ = ["assemble", "data_of", "digest", "outline", "run", "speaker"]
 
 
 def outline(settings: Settings, dataset: Dataset) -> SegmentationModel:
@@ -52,7 +53,9 @@ def outline(settings: Settings, dataset: Dataset) -> SegmentationModel:
             settings.decoder,
             len(dataset.labels.heads),
             context=settings.context,
-            channels=len(dataset.channels) if windows is None else sum(one.channels for one in windows),
+            channels=channels_through(dataset.channels, None)
+            if windows is None
+            else sum(one.channels for one in windows),
             tuning=settings.tuning,
         )
 
@@ -100,10 +103,9 @@ def _backbone(settings: Settings, say: Callable[[str], None]) -> tuple[VisionTra
     else:
         loaded, window = load_backbone(settings.backbone, say=say)
         vit, weights = loaded.settings, loaded.state_dict()
-    # Positions are disturbed in pretraining only, and what does not learn as a whole needs no disturbance.
+    # Positions are disturbed in pretraining only.
     rope = vit.rope.model_copy(update={"shift": None, "jitter": None, "rescale": None})
-    drop_path = settings.drop_path if settings.tuning.kind == "full" else 0.0  # type: ignore[attr-defined]
-    backbone = build_vit(vit.model_copy(update={"drop_path": drop_path, "rope": rope}))
+    backbone = build_vit(vit.model_copy(update={"drop_path": settings.drop_path, "rope": rope}))
     if weights is not None:
         backbone.load_state_dict(weights)
     return backbone, window
@@ -139,6 +141,22 @@ def _channels(
     )
 
 
+def data_of(training: Sequence[Prepared], validation: Sequence[Prepared]) -> dict[str, dict[str, str]]:
+    """Which cases train and which validate, each with a hash of its slices: a corrected label is another case."""
+
+    def content(case: Prepared) -> str:
+        parts = [repr((case.shape, case.spacing)).encode(), case.bounds.tobytes(), case.proofs.tobytes()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+    parts = {"training": training, "validation": validation}
+    return {part: {case.name: content(case) for case in cases} for part, cases in parts.items()}
+
+
+def digest(about: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
 def run(
     settings: Settings,
     model: SegmentationModel,
@@ -147,9 +165,10 @@ def run(
     validation: Sequence[Prepared],
     here: World,
 ) -> tuple[int, Table | None]:
-    """Runs the loop on this rank's device; the step it ended at, and its validation if there was one then.
+    """Runs the loop on this rank's device; the step it ended at, and the validation then, None without cases.
 
-    Goes on from the newest checkpoint in the run folder. Raises Stopped if a signal ended it.
+    Goes on from the newest checkpoint in the run folder. Raises Stopped if a signal ended it, CheckpointError if the
+    checkpoint is of other settings or cases.
     """
     method = Segmentation(model.to(here.device), header.labels)
     _spread(model, settings, here)
@@ -159,6 +178,7 @@ def run(
     # A warm-up from the rate to nothing is a linear fall.
     schedules = Schedules(Schedule(start=optim.lr, peak=0.0, warmup=settings.steps), Schedule(peak=optim.weight_decay))
     about = {"header": header.model_dump(mode="json"), "tuning": settings.tuning.model_dump(mode="json")}
+    about |= data_of(training, validation)
     checkpoints = Checkpoints(
         settings.folder,
         method,
@@ -166,7 +186,7 @@ def run(
         here,
         settings.checkpoint,
         samples_per_step=settings.patches.batch_size,
-        fingerprint=hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
+        fingerprint=digest(about),
         about=about,
         say=say,
     )
@@ -174,7 +194,7 @@ def run(
     source = Source(training, settings.patches, settings.augmentation, header.channels, header.context, settings.seed)
     stream = batches(source, here, start)
     log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start and start + 1)
-    best = Best(settings.folder, model, header, start)
+    best = Best(settings.folder, model, header, start, here)
     seen: dict[int, Table] = {}
 
     def look(step: int) -> dict[str, float]:
@@ -195,6 +215,8 @@ def run(
         raise Stopped(
             f"stopped by {ended.stopped_by} after step {ended.step} of {settings.steps}; the same command continues"
         )
+    if validation and ended.step not in seen:
+        look(ended.step)
     return ended.step, seen.get(ended.step)
 
 

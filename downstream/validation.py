@@ -20,6 +20,7 @@ from downstream.model import Header, SegmentationModel, save_model
 from downstream.prepared import Prepared
 from launch.distributed import World
 from launch.run import read_json, write_text
+from pretrain.checkpoint_writer import through_lead
 
 __all__ = ["Best", "Table", "joined", "read_report", "region_dice", "report", "validate"]
 
@@ -81,13 +82,21 @@ def region_dice(confusion: NDArray[np.int64], members: Sequence[int]) -> float:
 
 
 class Best:
-    """Keeps the weights of the best validation so far in `best.safetensors`; a continued run knows the mark."""
+    """Keeps the weights of the best validation so far in `best.safetensors`; a continued run knows the mark.
 
-    def __init__(self, folder: Path, model: SegmentationModel, header: Header, start: int) -> None:
+    Every rank must make the same calls.
+    """
+
+    def __init__(self, folder: Path, model: SegmentationModel, header: Header, start: int, here: World) -> None:
         self.folder, self.model, self.header = folder, model, header
-        known = read_json(folder / "best.json")
-        # What came after the checkpoint that we continue from will be done again.
-        self.mark = float(known["dice"]) if known is not None and known["step"] <= start else -math.inf
+
+        def look(ranks: list[None]) -> list[float]:
+            known = read_json(folder / "best.json")
+            # What came after the checkpoint that we continue from will be done again.
+            return [float(known["dice"]) if known is not None and known["step"] <= start else -math.inf] * len(ranks)
+
+        # Rank 0 reads for all: the mark decides whether they save together.
+        self.mark = through_lead(here, None, look)
 
     def offer(self, step: int, dice: float, here: World) -> None:
         """The weights now, after `step` steps (a collective: `dice` is the same on all ranks)."""
@@ -100,10 +109,10 @@ class Best:
             write_text(self.folder / "best.json", json.dumps({"step": step, "dice": dice}) + "\n")
 
 
-def read_report(folder: Path, step: int, cases: Sequence[str]) -> Table | None:
-    """What `report` wrote into a folder, if it is of that step and of those cases."""
+def read_report(folder: Path, step: int, data: str) -> Table | None:
+    """What `report` wrote into a folder, if it is of that step and of those data."""
     about = read_json(folder / "validation.json")
-    if about is None or about["step"] != step or about["cases"] != sorted(cases):
+    if about is None or about["step"] != step or about.get("data") != data:
         return None
     with (folder / "validation.csv").open(newline="") as file:
         organs, *rows = csv.reader(file)
@@ -111,8 +120,11 @@ def read_report(folder: Path, step: int, cases: Sequence[str]) -> Table | None:
     return Table(tuple(row[0] for row in rows), tuple(organs[1:]), np.array(dice))
 
 
-def report(folder: Path, table: Table, step: int) -> str:
-    """Writes validation.csv (a line a case) and validation.json (means with intervals); gives the table as text."""
+def report(folder: Path, table: Table, step: int, data: str = "") -> str:
+    """Writes validation.csv (a line a case) and validation.json (means with intervals); gives the table as text.
+
+    `data` tells the cases that were trained on and validated from any others (`training.digest`).
+    """
     with (folder / "validation.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["case", *table.organs])
@@ -126,7 +138,7 @@ def report(folder: Path, table: Table, step: int) -> str:
         }
         for organ, row in rows.items()
     }
-    described = {"step": step, "grid": "training", "cases": list(table.cases), "dice": entries}
+    described = {"step": step, "grid": "training", "data": data, "cases": list(table.cases), "dice": entries}
     write_text(folder / "validation.json", json.dumps(described, indent=1) + "\n")
     width = max(len(organ) for organ in rows)
     lines = [f"Dice after {step} steps, {len(table.cases)} validation case(s), on the training grid"]

@@ -99,6 +99,24 @@ def _make_optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer, 
         optimizer.state[parameter][key] = empty.detach() if whole or not fused else empty.to(parameter.device)
 
 
+def _others(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What two tables of tables of a run do not have in common, by its names: " (training.case_7 is new)"."""
+
+    def found(before: Mapping[str, Any], now: Mapping[str, Any], at: str) -> list[str]:
+        lines: list[str] = []
+        for key in sorted(before.keys() | now.keys()):
+            old, new = before.get(key), now.get(key)
+            if isinstance(old, Mapping) and isinstance(new, Mapping):
+                lines += found(old, new, f"{at}{key}.")
+            elif old != new:
+                lines.append(f"{at}{key} is {'new' if key not in before else 'gone' if key not in now else 'another'}")
+        return lines
+
+    lines = found(before, now, "")
+    more = f", and {len(lines) - 8} more" if len(lines) > 8 else ""
+    return f" ({', '.join(lines[:8])}{more})" if lines else ""
+
+
 class Checkpoints:
     """The checkpoints of one run: `restore()` once, then `maybe_save(step)` after every step.
 
@@ -160,7 +178,7 @@ class Checkpoints:
         progress = Progress.read(found)
         if self._fingerprint and progress.fingerprint not in ("", self._fingerprint):
             raise CheckpointError(
-                f"{found} belongs to a run with other settings; "
+                f"{found} belongs to a run with other settings or data{_others(progress.about, self._about)}; "
                 f"give this run another folder, or delete {self.folder} to start afresh"
             )
         self._optimizer.state.clear()

@@ -12,10 +12,10 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 import launch.settings
-from data_curation.aside import aside
+from data_curation.aside import aside, sweep
 from launch.run import Outcome, command
 from pretrain.hugging_face import write_folder
-from pretrain.released import Released, read
+from pretrain.released import Released, ReleasedError, read
 from pretrain.weights import write_weights
 
 __all__ = ["Settings", "main", "write", "write_pth"]
@@ -63,6 +63,8 @@ class Settings(launch.settings.Settings):
 def main(settings: Settings) -> Outcome:
     """Export the backbone; an existing export is replaced only once the new one is whole."""
     released = read(settings.folder, settings.step, settings.which)
+    if settings.heads and not released.heads:
+        raise ReleasedError(f"heads=true: {settings.folder} ({released.form}) has none; leave it out, or give the run")
     name = {"axial": "export.safetensors", "pth": "export.pth", "hugging_face": "hugging_face"}[settings.format]
     if settings.output is None and settings.folder.is_file():
         raise ValueError(f"{settings.folder} is a file, beside which nothing is written unasked; give output=NAME")
@@ -87,6 +89,7 @@ def main(settings: Settings) -> Outcome:
 def write_pth(released: Released, output: Path, *, heads: bool) -> None:
     """Write {'teacher': {'backbone.x': ...}} aside, then rename; with `heads` their tensors beside the backbone's."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    sweep(output.parent, output.name)
     with aside(output) as file:
         torch.save({"teacher": _joined(released, heads)}, file)
 

@@ -13,7 +13,15 @@ from torch.distributed.tensor import DTensor
 from launch.settings import Settings
 from pretrain.schedule import Length, NotNegative, Schedule, Schedules, scale_lr, whole
 
-__all__ = ["Multipliers", "OptimSettings", "build_optimizer", "clip_gradients", "multipliers", "param_groups"]
+__all__ = [
+    "Beta",
+    "Multipliers",
+    "OptimSettings",
+    "build_optimizer",
+    "clip_gradients",
+    "multipliers",
+    "param_groups",
+]
 
 _TOKENS = ("cls_token", "storage_tokens", "mask_token", "pos_embed")
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -75,9 +75,12 @@ class ParallelSettings(Settings):
     teachers: Literal["replicate", "full"] = Field(
         "replicate",
         description="networks that never change (the teachers of multi_teacher): a whole copy on each rank, or sharded "
-        "over all of them, for teachers that do not fit",
+        "over all of them, for teachers that do not fit; `finetune` has none",
     )
-    compile: bool = Field(False, description="compile each block and head; minutes at the start, for GPUs")
+    compile: bool = Field(
+        False,
+        description="compile each block and head, in `finetune` those of the backbone; minutes at the start, for GPUs",
+    )
     recompute: Recompute = Field(
         "none",
         description="what is computed again in the backward pass instead of kept: blocks: all within a block, least "

@@ -67,8 +67,10 @@ def read(path: Path, step: int | None = None, which: str = "teacher", encoder: s
     if step is not None:
         raise ReleasedError(f"{path} is one set of weights: a step can only be chosen in a run folder")
     weights = read_weights(path)
+    header = _header(path, weights.metadata["axial"]) if "axial" in weights.metadata else {}
+    if which != "teacher" and header.get("which") != which:
+        raise ReleasedError(f"{path} is one set of weights: the {which} can only be chosen in a run folder")
     if "axial" in weights.metadata:
-        header = _header(path, weights.metadata["axial"])
         return _ours(path, f"axial {header.get('axial')} export", header, weights.tensors)
     if weights.metadata.get("format", "").startswith("axial"):
         raise ReleasedError(
@@ -84,6 +86,8 @@ def _read_checkpoint(path: Path, step: int | None, which: str) -> Released:
     elif (path / "progress.json").is_file():
         if reason := complete(path):
             raise ReleasedError(f"{path} is not a complete checkpoint: {reason}")
+        if step is not None and step != (own := Progress.read(path).step):
+            raise ReleasedError(f"{path} is the checkpoint of step {own}, not of {step}; give the run folder to choose")
     else:
         raise ReleasedError(
             f"{path} is neither a run folder (no checkpoints/ in it) nor a checkpoint (no progress.json in it) nor a "

@@ -8,7 +8,7 @@ brought to the finest grid and joined, and a 1x1 convolution gives logits, which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +27,9 @@ class Settings(Taps):
 
     kind: Literal["upernet"] = "upernet"
     channels: int = Field(256, ge=1, description="channels of every level")
-    pools: tuple[int, ...] = Field((1, 2, 3, 6), min_length=1, description="sides of the grids of pyramid pooling")
+    pools: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 2, 3, 6), min_length=1, description="sides of the grids of pyramid pooling"
+    )
 
     def chosen(self, depth: int) -> tuple[int, ...]:
         """As of every decoder; ValueError unless they are four."""

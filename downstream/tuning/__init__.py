@@ -14,13 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from launch.settings import Settings, plugins
+from pretrain.models.layers import Block
 from pretrain.models.lean import Side
 from pretrain.models.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from downstream.model import SegmentationModel
 
-__all__ = ["Groups", "Part", "groups", "hold", "install", "kept", "merged", "parameter_table", "split"]
+__all__ = ["Groups", "Part", "groups", "hold", "install", "kept", "merged", "parameter_table", "split", "undisturbed"]
 
 Groups = list[tuple[list[nn.Parameter], float]]
 Plain = Literal["norms", "biases"]
@@ -90,6 +91,13 @@ def hold(backbone: VisionTransformer, also: Collection[str], last: int | None = 
         if "biases" in also and isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
             module.bias.requires_grad_(True)
     return blocks
+
+
+def undisturbed(backbone: VisionTransformer) -> None:
+    """No block is skipped in training: what does not learn as a whole needs no disturbance."""
+    for block in backbone.blocks:
+        assert isinstance(block, Block)
+        block.drop_path = 0.0
 
 
 def split(backbone: VisionTransformer, added: Collection[nn.Parameter], factor: float) -> Groups:

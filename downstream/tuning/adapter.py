@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from downstream.tuning import Groups, Part, hold, split
+from downstream.tuning import Groups, Part, hold, split, undisturbed
 from pretrain.models.lean import linear
 from pretrain.models.vit import VisionTransformer
 
@@ -60,6 +60,7 @@ def install(settings: Settings, model: SegmentationModel) -> None:
     backbone = model.backbone
     if settings.width >= backbone.dim:
         raise ValueError(f"tuning.width {settings.width} must be below the backbone's {backbone.dim} channels")
+    undisturbed(backbone)
     for block in hold(backbone, settings.also, settings.last):
         block.adapter = Bottleneck(backbone.dim, settings, backbone.cls_token)
 

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from downstream.tuning import Groups, Plain, hold, split
+from downstream.tuning import Groups, Plain, hold, split, undisturbed
 from launch import settings as base
-from pretrain.models.layers import Block
 from pretrain.models.vit import VisionTransformer
 
 if TYPE_CHECKING:
@@ -27,12 +26,9 @@ class Settings(base.Settings):
 
 
 def install(settings: Settings, model: SegmentationModel) -> None:
-    """Nothing is added. What does not learn needs no disturbance either: no block is skipped."""
+    """Nothing is added."""
+    undisturbed(model.backbone)
     hold(model.backbone, settings.also)
-    if not settings.also:
-        for block in model.backbone.blocks:
-            assert isinstance(block, Block)
-            block.drop_path = 0.0
 
 
 def groups(settings: Settings, backbone: VisionTransformer) -> Groups:

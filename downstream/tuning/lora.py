@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from torch import nn
 
-from downstream.tuning import Groups, Part, hold, split
+from downstream.tuning import Groups, Part, hold, split, undisturbed
 from pretrain.models.lean import Side
 from pretrain.models.vit import VisionTransformer
 
@@ -40,6 +40,7 @@ class Settings(Part):
 
 def install(settings: Settings, model: SegmentationModel) -> None:
     """Adds a branch that gives zero to each target. ValueError for a rank that is no saving."""
+    undisturbed(model.backbone)
     for block in hold(model.backbone, settings.also, settings.last):
         for name, layer in block.named_modules():
             last = name.rpartition(".")[2]

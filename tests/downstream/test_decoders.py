@@ -128,6 +128,11 @@ def test_upernets_levels_have_strides_of_4_to_32() -> None:
         family.Settings(blocks=(2, 11)).chosen(12)
 
 
+def test_upernet_pools_to_grids_of_a_cell_at_least() -> None:
+    with pytest.raises(ValueError, match=r"pools\.0\n.*greater than or equal to 1"):
+        DECODERS["upernet"].Settings(pools=(0,))
+
+
 def test_upernet_sees_the_map_as_a_whole() -> None:
     """A change in one corner reaches the other one, which no transposed convolution does."""
     maps = [torch.randn(1, 24, 8, 8) for _ in range(4)]

@@ -24,9 +24,19 @@ def test_its_recipes_are_valid(config: str) -> None:
     assert load(Finetune, find("demo.yaml"), ["folder=run", "dataset=data"]).steps > 0
 
 
-def test_its_corpus_file_is_valid(tmp_path: Path) -> None:
-    settings = load(Curate, demo._corpus_yaml(tmp_path), [f"folder={tmp_path}/corpus"])
+def test_its_corpus_file_is_valid_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "köln: a, {b} #c"
+    folder.mkdir()
+    settings = load(Curate, demo._corpus_yaml(folder), [f"folder={tmp_path}/corpus"])
     assert [source.name for source in settings.datasets] == list(demo.LAYOUTS)
+    assert [source.root for source in settings.datasets] == [folder / "ct" / layout for layout in demo.LAYOUTS]
+
+
+def test_as_many_phantoms_as_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(demo.phantom, "write", lambda layout, root, seeds, *_, **__: made.append(len(seeds)))
+    demo._phantoms(demo.Settings(unlabelled=20, labelled=4, held_out=1), tmp_path, tmp_path / "labelled")
+    assert made == [7, 7, 6, 5]
 
 
 def test_phantoms_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,7 @@ def test_other_settings_in_the_same_folder_are_refused(trained: Path, dataset: P
         ({"split": {"fold": "all", "folds": 9}}, "cannot make 9 folds"),
         ({"backbone": "/nowhere.pth"}, "nowhere"),
         ({"normalisation": [{"low": -160, "high": 240, "mean": 0, "std": 100}] * 2}, r"lists 2 window\(s\)"),
+        ({"optim": {"betas": [1.5, 0.9]}}, "less than 1"),
     ],
 )
 @pytest.mark.parametrize("run", [finetune.main, finetune.dry_run])
@@ -270,8 +271,7 @@ def test_the_last_validation_is_done_once(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, looks: int
 ) -> None:
     calls = []
-    for module in (finetune, training):
-        monkeypatch.setattr(module, "validate", lambda *given: calls.append(1) or validate(*given))
+    monkeypatch.setattr(training, "validate", lambda *given: calls.append(1) or validate(*given))
     finetune.main(settings(tmp_path, dataset, validate_every=every))
     assert len(calls) == looks
     found = json.loads((tmp_path / "validation.json").read_text())
@@ -307,6 +307,10 @@ def test_a_dry_run_reads_no_voxel(dataset: Path, tmp_path: Path, monkeypatch: py
     text = finetune.dry_run(settings(tmp_path, dataset))
     assert "3 cases to train, 1 to validate; labels that exclude one another: liver, spine" in text
     assert "blocks [0, 1]" in text
+    assert "a checkpoint is 0.00 GiB" in text
+    assert "stem" not in text
+    windows = [{"low": [-1000, -160], "high": [0, 240], "mean": [-500, 40], "std": [300, 100]}]
+    assert "stem" in finetune.dry_run(settings(tmp_path, dataset, normalisation=windows)), "two channels for one"
 
 
 def test_a_batch_depends_on_seed_and_step_only(dataset: Path, tmp_path: Path) -> None:

@@ -47,6 +47,19 @@ def test_regions_are_monais_dice_and_torchs_binary_cross_entropy() -> None:
     torch.testing.assert_close(found["bce"], torch.nn.functional.binary_cross_entropy_with_logits(logits, truth))
 
 
+def test_dice_of_a_large_batch_is_that_of_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = (torch.rand(4, 512, 512, generator=generator) < 0.6).long()
+    logits = torch.randn(4, 3, 512, 512, generator=generator)
+    logits[:, 1] += torch.where(classes == 1, 6.0, -6.0)
+    probability = logits.double().softmax(1)[:, 1:]
+    truth = torch.stack([classes == 1, classes == 2], 1)
+    both, sizes = (probability * truth).sum((0, 2, 3)), probability.sum((0, 2, 3)) + truth.sum((0, 2, 3))
+    found = SegmentationLoss(CLASSES)(logits, classes)["dice"]
+    exact = 1 - ((2 * both + 1e-5) / (sizes + 1e-5)).mean()
+    torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("labels", [IGNORING, Labels(REGIONS.organs, REGIONS.values, 4, REGIONS.order)])
 def test_ignored_voxels_change_nothing_and_get_no_gradient(labels: Labels) -> None:
     logits, classes = drawn(labels)

@@ -152,7 +152,7 @@ def rewritten(path: Path, change: Any) -> Path:
 
 DAMAGE: dict[str, tuple[Any, str]] = {
     "another format": (lambda f, s, w: f.update(format="pt"), "no segmentation model"),
-    "a backbone": (lambda f, s, w: f.update(format="pt", vit="x"), "a backbone without a decoder"),
+    "a backbone": (lambda f, s, w: f.update(format="pt", axial="{}"), "a backbone without a decoder"),
     "an old format": (lambda f, s, w: f.update(format="axial segmentation 1"), "no segmentation model"),
     "a header that is cut": (lambda f, s, w: f.update(header="broken"), "does not fit this version"),
     "an unknown decoder": (lambda f, s, w: s["decoder"].update(kind="unet"), "no such kind 'unet'"),

@@ -40,7 +40,7 @@ def same(model_file: Path, onnx_file: Path, size: tuple[int, int], batches: tupl
 def test_onnxruntime_gives_the_models_logits_of_hu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    """With neighbours, CT in two windows beside MR, an adapter, and a size that is no whole number of patches."""
+    """Of a run folder, with neighbours, CT in two windows beside MR, an adapter, a size that is no multiple of 8."""
     path = saved(
         tmp_path / "model.safetensors",
         Context(slices=1, mm=5.0),
@@ -49,7 +49,7 @@ def test_onnxruntime_gives_the_models_logits_of_hu(
         vit=VIT.model_copy(update={"depth": 1}),
         decoder=linear.Settings(taps=1),
     )
-    assert axial(["onnx", f"model={path}", "size=[30, 45]"]) == 0
+    assert axial(["onnx", f"model={tmp_path}", "size=[30, 45]"]) == 0
     said = capsys.readouterr()
     assert "input `image` [batch, 3, 3, 30, 45]: HU, or thousandths of a deviation;" in said.out
     assert "logits equal to" in said.out
@@ -90,6 +90,11 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         load(Settings, overrides=[f"model={path}", "size=[0, 3]"])
     with pytest.raises(ModelError, match="no such file"):
         main(Settings(model=tmp_path / "none.safetensors"))
+    for fold in range(2):
+        (tmp_path / f"run/fold_{fold}").mkdir(parents=True)
+        saved(tmp_path / f"run/fold_{fold}/model.safetensors", decoder=linear.Settings())
+    with pytest.raises(ModelError, match="holds 2 models, and an ONNX file is one"):
+        main(Settings(model=tmp_path / "run"))
     (tmp_path / "folder.onnx").mkdir()
     with pytest.raises(ModelError, match="is a folder"):
         main(Settings(model=path, output=tmp_path / "folder.onnx"))

@@ -45,6 +45,12 @@ def test_the_kinds_are_found() -> None:
     assert set(plugins("downstream.tuning")) == {"adapter", "frozen", "full", "lora"}
 
 
+@pytest.mark.parametrize("kind", MORE)
+def test_a_part_of_a_backbone_learns_without_skipped_blocks(kind: str) -> None:
+    model = made(header(vit=VIT.model_copy(update={"drop_path": 0.3})), MORE[kind])
+    assert {block.drop_path for block in model.backbone.blocks} == {0.3 if kind.startswith("full") else 0.0}
+
+
 @pytest.mark.parametrize("vit", VITS)
 @pytest.mark.parametrize("kind", MORE)
 def test_a_freshly_tuned_model_is_the_model(kind: str, vit: str) -> None:
@@ -304,12 +310,6 @@ def test_mistakes_in_settings_are_named(words: list[str], says: str) -> None:
     ]
     with pytest.raises(SettingsError, match=says):
         load(Header, overrides=[*given, *words])
-
-
-def test_a_frozen_backbone_skips_no_block() -> None:
-    said = header(vit=VIT.model_copy(update={"drop_path": 0.5}))
-    model = made(said, frozen.Settings()).train()
-    assert torch.equal(model(images(said)), model(images(said)))
 
 
 def test_the_table_counts_every_parameter_once() -> None:

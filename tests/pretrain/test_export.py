@@ -308,6 +308,27 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
         main(Settings(folder=tmp_path))
 
 
+def test_what_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", Networks())
+    (export,) = main(Settings(folder=folder)).made
+    torch.save(hub(lively(VIT)), tmp_path / "hub.pth")
+    with pytest.raises(ReleasedError, match=r"heads=true: .* has none"):
+        main(Settings(folder=Path(export), heads=True, output=tmp_path / "x.safetensors"))
+    for path in (Path(export), tmp_path / "hub.pth"):
+        with pytest.raises(ReleasedError, match="the student can only be chosen in a run folder"):
+            read(path, which="student")
+    with pytest.raises(ReleasedError, match="is the checkpoint of step 7, not of 1"):
+        read(folder / "checkpoints/step_00000007", step=1)
+    assert read(folder / "checkpoints/step_00000007", step=7).about["step"] == 7
+
+
+def test_a_pth_that_a_killed_process_left_aside_is_swept(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, Networks())
+    (folder / ".export.pth.12345.part").write_bytes(b"half")
+    main(Settings(folder=folder, format="pth"))
+    assert not [path for path in folder.glob(".*") if path.is_file()]
+
+
 def test_a_torn_set_of_keys_is_refused_key_by_key(tmp_path: Path) -> None:
     state = hub(lively(VIT))
     for change, says in (
