@@ -167,18 +167,17 @@ def run(
 ) -> tuple[int, Table | None]:
     """Runs the loop on this rank's device; the step it ended at, and the validation then, None without cases.
 
-    Goes on from the newest checkpoint in the run folder. Raises Stopped if a signal ended it, CheckpointError if the
-    checkpoint is of other settings or cases.
+    Goes on from the newest checkpoint in the run folder; CheckpointError if that is of other settings or cases. Raises
+    Stopped if a signal ended it.
     """
     method = Segmentation(model.to(here.device), header.labels)
     _spread(model, settings, here)
-    optim, say = settings.optim, speaker(here)
+    optim = settings.optim
     groups = parameter_groups(model, optim.lr, optim.backbone_lr, settings.tuning)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, weight_decay=0.0, fused=True)
     # A warm-up from the rate to nothing is a linear fall.
     schedules = Schedules(Schedule(start=optim.lr, peak=0.0, warmup=settings.steps), Schedule(peak=optim.weight_decay))
-    about = {"header": header.model_dump(mode="json"), "tuning": settings.tuning.model_dump(mode="json")}
-    about |= data_of(training, validation)
+    about = _about(settings, header, training, validation)
     checkpoints = Checkpoints(
         settings.folder,
         method,
@@ -188,7 +187,7 @@ def run(
         samples_per_step=settings.patches.batch_size,
         fingerprint=digest(about),
         about=about,
-        say=say,
+        say=speaker(here),
     )
     start = checkpoints.restore()
     source = Source(training, settings.patches, settings.augmentation, header.channels, header.context, settings.seed)
@@ -218,6 +217,14 @@ def run(
     if validation and ended.step not in seen:
         look(ended.step)
     return ended.step, seen.get(ended.step)
+
+
+def _about(
+    settings: Settings, header: Header, training: Sequence[Prepared], validation: Sequence[Prepared]
+) -> dict[str, Any]:
+    """What a run must have in common with a checkpoint to go on from it."""
+    own = {"header": header.model_dump(mode="json"), "tuning": settings.tuning.model_dump(mode="json")}
+    return own | data_of(training, validation)
 
 
 def _spread(model: SegmentationModel, settings: Settings, here: World) -> None:

@@ -78,7 +78,10 @@ def test_other_cases_are_refused_by_name(dataset: Path, tmp_path: Path, capsys: 
     assert (run / "validation.json").read_text() == found
 
 
-def test_the_best_may_be_the_last_and_its_maps_are_made_once(dataset: Path, tmp_path: Path) -> None:
+def test_the_best_may_be_the_last_and_its_maps_are_made_once(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "main", lambda given: None)
     run = tmp_path / "run"
     given = settings(run, dataset, maps="best")
     outcome = finetune.main(given)
