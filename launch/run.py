@@ -7,6 +7,7 @@ same settings go on with it, others are refused with the difference.
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import os
 import platform
@@ -286,7 +287,11 @@ def _read(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``path`` whole or not at all. Raises RunError with the reason, such as a full disk."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    host = socket.gethostname().partition(".")[0]
+    aside = path.with_name(f".{path.name}.{host}.{os.getpid()}")
+    for left in path.parent.glob(f"{glob.escape(f'.{path.name}.{host}.')}*"):  # by a process that was killed
+        if left.suffix[1:].isdigit() and _ticks(int(left.suffix[1:])) is None:
+            left.unlink(missing_ok=True)
     try:
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)

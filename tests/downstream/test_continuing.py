@@ -149,3 +149,14 @@ def test_ranks_that_see_other_files_agree_on_the_best(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     (tmp_path / "0/best.json").write_text('{"step": 2, "dice": 0.5}')
     assert run_ranks(f"{__file__}:marks", 2, tmp_path, folder=tmp_path) == [0.5, 0.5]
+
+
+def test_a_dry_run_reads_no_voxel(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "prepare", None)
+    text = finetune.dry_run(settings(tmp_path, dataset))
+    assert "2 cases to train, 2 to validate; labels that exclude one another: liver, spine" in text
+    assert "blocks [0]" in text
+    assert "a checkpoint is 0.00 GiB" in text
+    assert "stem" not in text
+    windows = [{"low": [-1000, -160], "high": [0, 240], "mean": [-500, 40], "std": [300, 100]}]
+    assert "stem" in finetune.dry_run(settings(tmp_path, dataset, normalisation=windows)), "two channels for one"

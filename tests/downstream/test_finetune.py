@@ -302,17 +302,6 @@ def cached(dataset: Path, folder: Path) -> list[Any]:
     return prepare(opened.cases, opened.labels, None, folder / "cache", active=False)
 
 
-def test_a_dry_run_reads_no_voxel(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "prepare", None)
-    text = finetune.dry_run(settings(tmp_path, dataset))
-    assert "3 cases to train, 1 to validate; labels that exclude one another: liver, spine" in text
-    assert "blocks [0, 1]" in text
-    assert "a checkpoint is 0.00 GiB" in text
-    assert "stem" not in text
-    windows = [{"low": [-1000, -160], "high": [0, 240], "mean": [-500, 40], "std": [300, 100]}]
-    assert "stem" in finetune.dry_run(settings(tmp_path, dataset, normalisation=windows)), "two channels for one"
-
-
 def test_a_batch_depends_on_seed_and_step_only(dataset: Path, tmp_path: Path) -> None:
     cases = cached(dataset, tmp_path)
     take = PatchSettings(size=32, batch_size=4, workers=3)
