@@ -63,6 +63,8 @@ class Settings(launch.settings.Settings):
 def main(settings: Settings) -> Outcome:
     """Export the backbone; an existing export is replaced only once the new one is whole."""
     released = read(settings.folder, settings.step, settings.which)
+    if settings.which == "student" and released.about.get("which") != "student":
+        raise ReleasedError(f"{settings.folder} ({released.form}) has no student; choose it in a run folder")
     if settings.heads and not released.heads:
         raise ReleasedError(f"heads=true: {settings.folder} ({released.form}) has none; leave it out, or give the run")
     name = {"axial": "export.safetensors", "pth": "export.pth", "hugging_face": "hugging_face"}[settings.format]

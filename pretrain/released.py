@@ -67,10 +67,8 @@ def read(path: Path, step: int | None = None, which: str = "teacher", encoder: s
     if step is not None:
         raise ReleasedError(f"{path} is one set of weights: a step can only be chosen in a run folder")
     weights = read_weights(path)
-    header = _header(path, weights.metadata["axial"]) if "axial" in weights.metadata else {}
-    if which != "teacher" and header.get("which") != which:
-        raise ReleasedError(f"{path} is one set of weights: the {which} can only be chosen in a run folder")
     if "axial" in weights.metadata:
+        header = _header(path, weights.metadata["axial"])
         return _ours(path, f"axial {header.get('axial')} export", header, weights.tensors)
     if weights.metadata.get("format", "").startswith("axial"):
         raise ReleasedError(

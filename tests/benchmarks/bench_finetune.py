@@ -7,7 +7,8 @@ same seeds, and its label maps of the held-out cases are scored on the scans' ow
 
 scratch      the backbone from random weights, all of it trained
 frozen       the pretrained backbone as it is, only the decoder is trained
-lora, full   the pretrained backbone with LoRA, and all of it trained
+lora, full   the pretrained backbone with LoRA, and all of it trained, at a tenth of the decoder's rate
+fast         the pretrained backbone, all of it trained at the decoder's rate, which is that of scratch
 unet         MONAI's plain 2D U-Net, as wide as makes its training step about as long
 
 The backbone must not have seen these scans. Fold by fold the cases of all seeds are scored; `axial compare` gives the
@@ -57,7 +58,7 @@ ORGANS = {
     "lungs": ("lung",),
     "back_muscles": ("autochthon",),
 }
-ARMS = ("scratch", "frozen", "lora", "full", "unet")
+ARMS = ("scratch", "frozen", "lora", "full", "fast", "unet")
 HERE = World(0, 1, 0, torch.device("cpu"))
 SETS = {  # spacing, patch, folds
     "sarcoma": (None, 160, 5),
@@ -117,7 +118,7 @@ def words(name: str, arm: str, given: argparse.Namespace, seed: int, fold: int |
     """What every arm is trained with, as settings of `axial finetune`."""
     spacing, patch, folds = SETS[name]
     own = ["model={size: ti, in_channels: 1, layerscale: null}"] if arm == "scratch" else [f"backbone={given.backbone}"]
-    rates = "{lr: 1e-3, backbone_lr: 1e-3}" if arm == "scratch" else "{lr: 1e-3, backbone_lr: 1e-4}"
+    rates = f"{{lr: 1e-3, backbone_lr: {'1e-3' if arm in ('scratch', 'fast') else '1e-4'}}}"
     return [
         *own, f"folder={given.folder / name / f'{arm}_{seed}'}", f"dataset={given.folder / f'Dataset_{name}'}",
         f"cache={given.folder / name / 'cache'}", f"tuning={{kind: {TUNING.get(arm, 'full')}}}", f"seed={seed}",

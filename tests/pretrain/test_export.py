@@ -315,8 +315,9 @@ def test_what_would_be_ignored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReleasedError, match=r"heads=true: .* has none"):
         main(Settings(folder=Path(export), heads=True, output=tmp_path / "x.safetensors"))
     for path in (Path(export), tmp_path / "hub.pth"):
-        with pytest.raises(ReleasedError, match="the student can only be chosen in a run folder"):
-            read(path, which="student")
+        with pytest.raises(ReleasedError, match="has no student; choose it in a run folder"):
+            main(Settings(folder=path, which="student", output=tmp_path / "x.safetensors"))
+        assert read(path, which="student").backbone, "a run starts its student from any file"
     with pytest.raises(ReleasedError, match="is the checkpoint of step 7, not of 1"):
         read(folder / "checkpoints/step_00000007", step=1)
     assert read(folder / "checkpoints/step_00000007", step=7).about["step"] == 7
