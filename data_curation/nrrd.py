@@ -58,15 +58,17 @@ class _Header:
     segmentation: bool
 
 
-def load(path: Path, max_voxels: int = MAX_VOXELS, fewest: int = 2) -> Grid:
+def load(path: Path, max_voxels: int = MAX_VOXELS, fewest: int = 2, labels: bool = False) -> Grid:
     """Voxels as stored, of `fewest` slices. `space` must say where left, back and head are: LPS, RAS or LAS.
+
+    A segmentation of 3D Slicer is no image; with `labels` it is what is wanted.
 
     Raises VolumeError: empty, unreadable, truncated, label, 4d, vector, single_slice, too_large, no_orientation,
     no_spacing.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         header = _header(path)
-        sizes, axes = _axes(header)
+        sizes, axes = _axes(header, labels)
         shape = volume_shape(sizes, max_voxels, fewest)
         affine, notes = place(_affine(header, axes[:3]), shape[2])
     return Grid(_voxels(header, shape), affine, as_acquired=bool(notes), notes=notes)
@@ -134,14 +136,14 @@ def _numbered(pattern: str, values: range) -> Iterable[str]:
     return (f"{pattern[: place.start()]}{value:{width}d}{pattern[place.end() :]}" for value in values)
 
 
-def _axes(header: _Header) -> tuple[list[int], list[str]]:
+def _axes(header: _Header, labels: bool) -> tuple[list[int], list[str]]:
     """Sizes and direction of the axes that are places in space or time, fastest first. Raises label, vector."""
     dimension = _whole(header, "dimension")
     sizes = [_int(text, "sizes") for text in _field(header, "sizes").split()]
     if not 1 <= dimension <= 16 or len(sizes) != dimension:
         raise VolumeError("unreadable", f"the header is damaged: {dimension} dimensions with the sizes {sizes[:20]}")
     text = " x ".join(map(str, sizes))
-    if header.segmentation:
+    if header.segmentation and not labels:
         raise VolumeError("label", f"a segmentation of {text} voxels written by 3D Slicer, not an image")
     kinds = re.findall(r"\S+", header.fields.get("kinds", "").lower()) or [""] * dimension
     vectors = re.findall(r"none|\([^()]*\)", header.fields.get("spacedirections", "")) or ["?"] * dimension

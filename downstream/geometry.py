@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation import nifti
+from data_curation import metaimage, nifti, nrrd
 from data_curation.aside import aside
 from data_curation.extent import SHEAR_DEGREES, orthogonal
 from data_curation.finding import KINDS, parts
-from data_curation.grid import OBLIQUE_DEGREES, Grid, from_image, outgrows
+from data_curation.grid import OBLIQUE_DEGREES, Grid, outgrows
 from data_curation.rules import Limits, label, lost_offset, not_ct, windowed
 from data_curation.volumes import Found, Volume, VolumeError, load, of_grid
 from downstream.cases import CaseError, file_ending
@@ -271,22 +271,12 @@ def found_at(path: Path) -> Found:
 
 
 def _load(found: Found) -> Grid:
-    """A label map. Those of NRRD and MetaImage through ITK: our own readers take a segmentation for no image."""
+    """A label map, placed by its header as an image with that header is."""
     if found.kind == "nifti":
         return nifti.load(found.path, fewest=1)
-    import SimpleITK as sitk
-
-    try:
-        image = sitk.ReadImage(str(found.path))
-    except RuntimeError as fault:
-        raise VolumeError(
-            "unreadable", f"cannot be read ({str(fault).strip().splitlines()[-1]}); copy it again"
-        ) from None
-    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
-        image = image[..., 0]
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise VolumeError("vector", f"size {image.GetSize()}: one value a voxel in three dimensions is needed")
-    return from_image(image)
+    if found.kind == "nrrd":
+        return nrrd.load(found.path, fewest=1, labels=True)
+    return metaimage.load(found.path, fewest=1)
 
 
 def place_of(grid: Grid) -> Place:

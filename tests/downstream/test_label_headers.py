@@ -13,9 +13,11 @@ import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
 from data_curation.volumes import load
+from downstream.cases import RawCase
 from downstream.geometry import LIMITS, Place, found_at, read_labelmap, read_scan, write_labelmap
 from downstream.label_headers import label_header
 from downstream.naming import ending
+from downstream.reading import read_case
 from tests.data_curation import test_metaimage, test_nifti, test_nrrd
 
 SHEARED = [[-0.8, 0, 0, 3], [0, -0.7, 0.8, 4], [0, 0, 2.5, 5]]
@@ -140,3 +142,35 @@ def test_a_file_of_two_dimensions_is_one_slice(tmp_path: Path, suffix: str) -> N
     assert back.GetSpacing() == pytest.approx((0.8, 0.7), abs=1e-7)
     assert back.GetOrigin() == (3.0, 4.0)
     assert np.array_equal(sitk.GetArrayFromImage(back), label[0])
+
+
+LEANING = (
+    "NRRD0004\ntype: {}\ndimension: 3\nspace: left-posterior-superior\nsizes: 8 8 6\nendian: little\nencoding: raw\n"
+    "space directions: (1,0,0) (0,1,0) (0,0.8,3)\nspace origin: (0,0,0)\n"
+)
+PLAIN = "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\n{}"
+LEANS = "TransformMatrix = 1 0 0 0 1 0 0 0.2588 0.9659\nOffset = 0 0 0\nElementSpacing = 1 1 3\n"
+CENTIMETRES = "DistanceUnits = cm\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = .1 .1 .3\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("nrrd", f"{LEANING}\n"),
+        ("seg.nrrd", f"{LEANING}Segment0_Name:=liver\n\n"),
+        ("mha", PLAIN.format(f"{LEANS}DimSize = 8 8 6\nElementType = {{}}\nElementDataFile = LOCAL\n")),
+        ("cm.mha", PLAIN.format(f"{CENTIMETRES}DimSize = 8 8 6\nElementType = {{}}\nElementDataFile = LOCAL\n")),
+    ],
+)
+def test_a_label_lies_where_an_image_with_its_header_does(tmp_path: Path, name: str, header: str) -> None:
+    label = np.zeros((6, 8, 8), np.uint8)
+    label[:, 2:5, 3:6] = 1
+    plain = header.replace("Segment0_Name:=liver\n", "")
+    kinds = ("int16", "uint8") if "nrrd" in name else ("MET_SHORT", "MET_UCHAR")
+    image = tmp_path / f"image.{name.rpartition('.')[2]}"
+    image.write_bytes(plain.format(kinds[0]).encode() + (400 * label.astype("<i2")).tobytes())
+    (tmp_path / f"label.{name}").write_bytes(header.format(kinds[1]).encode() + label.tobytes())
+    case = read_case(RawCase("a", (image,), tmp_path / f"label.{name}"), ["CT"])
+    assert case.label.sum() == label.sum()
+    assert ((case.label > 0) == (case.stored[0] > 200)).all()
+    assert not [note for note in case.notes if "another grid" in note]
