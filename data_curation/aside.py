@@ -29,7 +29,7 @@ def aside(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
     One that is not `lasting` may be lost or damaged if the machine itself fails: for what is proven before it is used
     and can be made again. An OSError (disk full, no permission, quota) names the file and what to do.
     """
-    part = path.with_name(f".{path.name}.{_host()}.{os.getpid()}{_ASIDE}")
+    part = _part(path)
     try:
         with open(part, "wb") as file:
             yield file
@@ -50,7 +50,7 @@ def aside(path: Path, lasting: bool = True) -> Iterator[IO[bytes]]:
 
 def link_or_copy(source: Path, target: Path) -> bool:
     """A file under another name too: as a hard link, or as a copy where there can be none. Was it a link?"""
-    part = target.with_name(f".{target.name}.{os.getpid()}{_ASIDE}")
+    part = _part(target)
     try:
         os.link(source.resolve(), part)
         os.replace(part, target)
@@ -86,8 +86,12 @@ def sweep(folder: Path, name: str = "", shared: bool = False) -> list[Path]:
     return kept
 
 
+def _part(path: Path) -> Path:
+    """Where this process writes `path`: two machines may write into one folder under one number of a process."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}{_ASIDE}")
+
+
 def _host() -> str:
-    """Two machines may write into one folder under one number of a process."""
     return socket.gethostname().partition(".")[0]
 
 

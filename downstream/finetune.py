@@ -18,10 +18,9 @@ from downstream.segmentation import Segmentation
 from downstream.settings import OptimSettings, Settings
 from downstream.training import assemble, data_of, digest, outline, run, speaker
 from downstream.validation import Table, joined, read_report, report
-from launch.distributed import WAIT_S, World, barrier, world
+from launch.distributed import WAIT_S, World, barrier, from_first, world
 from launch.run import Outcome, command
 from pretrain.checkpoint import checkpoint_bytes
-from pretrain.checkpoint_writer import through_lead
 
 __all__ = ["OptimSettings", "Settings", "dry_run", "main"]
 
@@ -75,7 +74,7 @@ def _one(settings: Settings, dataset: Dataset, cases: Mapping[str, Prepared], he
     barrier()
     say = speaker(here)
     data = digest(data_of(train_cases, val_cases))
-    known = _known(settings, data, here) if val_cases else None
+    known = from_first(partial(_known, settings, data)) if val_cases else None
     if known is not None:
         say(f"{settings.folder}: done before")
         return known
@@ -95,14 +94,10 @@ def _one(settings: Settings, dataset: Dataset, cases: Mapping[str, Prepared], he
     return table
 
 
-def _known(settings: Settings, data: str, here: World) -> Table | None:
-    """The table of a run that was finished before, on the same data. Rank 0 reads it for all."""
-
-    def look(ranks: list[None]) -> list[Table | None]:
-        whole = (settings.folder / "model.safetensors").is_file()
-        return [read_report(settings.folder, settings.steps, data) if whole else None] * len(ranks)
-
-    return through_lead(here, None, look)
+def _known(settings: Settings, data: str) -> Table | None:
+    """The table of a run that was finished before, on the same data."""
+    whole = (settings.folder / "model.safetensors").is_file()
+    return read_report(settings.folder, settings.steps, data) if whole else None
 
 
 def _check(settings: Settings, dataset: Dataset, here: World) -> None:

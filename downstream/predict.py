@@ -11,6 +11,7 @@ import csv
 import errno
 import itertools
 import json
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from downstream.record import entry_of, read_record, write_record
 from launch import settings as base
 from launch.distributed import WAIT_S, World, barrier, from_first, world
 from launch.progress import progress
-from launch.run import Outcome, command, write_text
+from launch.run import USER_ERRORS, Outcome, command, write_text
 
 __all__ = ["Settings", "main"]
 
@@ -181,6 +182,8 @@ def _predict_all(ensemble: Ensemble, work: _Work, settings: Settings, here: Worl
         except Exception as fault:
             if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise  # so would all the others
+            if not isinstance(fault, USER_ERRORS):
+                traceback.print_exc()  # ours: it is to be seen, but the other images are made all the same
             refused.append((found[0].source or str(found[0].path), *_why(fault)))
     return refused
 

@@ -193,7 +193,7 @@ def run(
     source = Source(training, settings.patches, settings.augmentation, header.channels, header.context, settings.seed)
     stream = batches(source, here, start)
     log = Log(settings.folder, settings.log.every, settings.log.tensorboard, here.rank == 0, start and start + 1)
-    best = Best(settings.folder, model, header, start, here)
+    best = Best(settings.folder, model, header, start)
     seen: dict[int, Table] = {}
 
     def look(step: int) -> dict[str, float]:

@@ -18,9 +18,8 @@ from downstream.cases import IGNORE
 from downstream.inference import Window, decided, head_scores
 from downstream.model import Header, SegmentationModel, save_model
 from downstream.prepared import Prepared
-from launch.distributed import World
+from launch.distributed import World, from_first
 from launch.run import read_json, write_text
-from pretrain.checkpoint_writer import through_lead
 
 __all__ = ["Best", "Table", "joined", "read_report", "region_dice", "report", "validate"]
 
@@ -87,16 +86,15 @@ class Best:
     Every rank must make the same calls.
     """
 
-    def __init__(self, folder: Path, model: SegmentationModel, header: Header, start: int, here: World) -> None:
+    def __init__(self, folder: Path, model: SegmentationModel, header: Header, start: int) -> None:
         self.folder, self.model, self.header = folder, model, header
 
-        def look(ranks: list[None]) -> list[float]:
+        def look() -> float:
             known = read_json(folder / "best.json")
             # What came after the checkpoint that we continue from will be done again.
-            return [float(known["dice"]) if known is not None and known["step"] <= start else -math.inf] * len(ranks)
+            return float(known["dice"]) if known is not None and known["step"] <= start else -math.inf
 
-        # Rank 0 reads for all: the mark decides whether they save together.
-        self.mark = through_lead(here, None, look)
+        self.mark = from_first(look)  # it decides whether all ranks save together
 
     def offer(self, step: int, dice: float, here: World) -> None:
         """The weights now, after `step` steps (a collective: `dice` is the same on all ranks)."""

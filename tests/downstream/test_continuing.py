@@ -140,9 +140,9 @@ def test_maps_of_folds_come_together_without_links(tmp_path: Path, monkeypatch: 
 
 
 def marks(rank: int, size: int, folder: Path) -> float:
-    with world("cpu") as here:
+    with world("cpu"):
         said = header()
-        return Best(folder / str(rank), made(said), said, 2, here).mark
+        return Best(folder / str(rank), made(said), said, 2).mark
 
 
 def test_ranks_that_see_other_files_agree_on_the_best(tmp_path: Path) -> None:
