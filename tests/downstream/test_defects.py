@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from downstream.decoders import linear, pyramid
 from downstream.model import build, load_model, save_model
-from launch.cli import VERBS
+from launch.verbs import VERBS
 from launch.settings import plugins
 from pretrain.models.rope import RopeSettings
 from pretrain.models.vit import VitSettings

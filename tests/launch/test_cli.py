@@ -15,7 +15,8 @@ import pytest
 
 from launch import cli
 from launch.call import resolve
-from launch.cli import FREE, VERBS, Verb, main
+from launch.cli import main
+from launch.verbs import FREE, VERBS, Verb
 from launch.run import Outcome
 from launch.settings import describe
 
