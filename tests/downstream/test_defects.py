@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from downstream.decoders import linear, pyramid
 from downstream.model import build, load_model, save_model
-from launch.verbs import VERBS
 from launch.settings import plugins
+from launch.verbs import VERBS
 from pretrain.models.rope import RopeSettings
 from pretrain.models.vit import VitSettings
 from pretrain.models.vit import build as build_vit

@@ -16,9 +16,9 @@ import pytest
 from launch import cli
 from launch.call import resolve
 from launch.cli import main
-from launch.verbs import FREE, VERBS, Verb
 from launch.run import Outcome
 from launch.settings import describe
+from launch.verbs import FREE, VERBS, Verb
 
 HERE = Path(__file__).parent
 
