@@ -23,7 +23,7 @@ from uuid import uuid4
 from launch.crew import Each, Lost, Workers, workers_for
 from launch.element import Element, Record, read_records
 from launch.run import RunError
-from launch.slurm import Slurm
+from launch.slurm import Slurm, as_outside_a_job
 
 if TYPE_CHECKING:
     import submitit
@@ -181,7 +181,7 @@ class _Run:
         given = {"name": self.array.name, "slurm_array_parallelism": parallel, "slurm_additional_parameters": extra}
         executor.update_parameters(**(slurm.parameters("") | given))
         try:
-            with _as_outside_a_job():
+            with as_outside_a_job():
                 jobs = executor.submit_array(elements)
         except submitit.core.utils.FailedJobError as error:
             raise RunError(f"sbatch refused the array: {' '.join(str(error).split())}") from None
@@ -247,20 +247,6 @@ class _Run:
             text = f"in work in {self.tries[number]} jobs that were lost; last {where}: {element.job.paths.stderr}"
             lost.append((number, Lost("node", text)))
         return lost
-
-
-@contextmanager
-def _as_outside_a_job() -> Iterator[None]:
-    """This process may be a job itself, whose size sbatch would take for that of the new ones."""
-    from submitit.helpers import clean_env
-
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with clean_env():
-        os.environ |= configuration
-        yield
 
 
 def _queued() -> set[str] | None:
