@@ -191,12 +191,13 @@ def _executor(command: Command, verb: Verb) -> Executor:
 
 def _plan(command: Command, verb: Verb, executor: Executor) -> Plan:
     """The runs that are asked for, their settings checked."""
+    config = command.configs[0] if command.configs else None
     if len(command.configs) > 1:
         plan = chain(verb, command.configs, command.overrides)
     elif command.swept:
-        plan = sweep(verb, *command.configs[:1] or (None,), command.overrides, command.swept)
+        plan = sweep(verb, config, command.overrides, command.swept)
     else:
-        plan = one(verb, *command.configs[:1] or (None,), command.overrides)
+        plan = one(verb, config, command.overrides)
     if isinstance(executor, Slurm) and executor.cluster != "debug" and not verb.crew:
         plan = parted(plan, verb, executor.array.parts)
     if plan.many and "RANK" in os.environ:

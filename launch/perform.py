@@ -162,7 +162,8 @@ class Performance:
         except SettingsError:
             return False
         free = {"folder", *FREE} - {"steps"}
-        return _without(old.model_dump(mode="json"), free) == _without(run.settings.model_dump(mode="json"), free)
+        before, asked = (_without(one.model_dump(mode="json"), free) for one in (old, run.settings))
+        return bool(before == asked)
 
     def _check_chain(self) -> None:
         """Refuse a link that holds what it made of a run which is now done again. Raises RunError."""
@@ -222,9 +223,8 @@ class Performance:
                 continue
             jobs |= self._send(cluster, opened, [jobs[folder].id for folder in needs if folder in jobs])
             fresh |= {run.folder for run in opened}
-        sent = [
-            line for group in _groups(wanted) for line in _told([run for run in group if run.folder in fresh], jobs)
-        ]
+        new = _groups([run for run in wanted if run.folder in fresh])
+        sent = [line for group in new for line in _told(group, jobs)]
         if jobs and cluster.detached:
             looked = command("status", f"folder={self.plan.folder}")
             return Outcome(tuple(sent), (looked,), not self.failed)
@@ -234,7 +234,7 @@ class Performance:
         return self.ended()
 
     def _is_free(
-        self, run: Run, jobs: dict[Path, Job], fresh: Collection[Path], listed: Mapping[tuple[str, str], Queued] | None
+        self, run: Run, jobs: dict[Path, Job], fresh: set[Path], listed: Mapping[tuple[str, str], Queued] | None
     ) -> bool:
         """Is it to be submitted? Its job may still be in the queue, and is left unless it waits for one that failed."""
         job = last_job(run.folder)
@@ -247,10 +247,7 @@ class Performance:
             return False
         if not found.waits:
             raise RunError(f"{run.folder} is at work as job {job.id}, on what is yet to be made; cancel that job first")
-        subprocess.run(["scancel", job.id], capture_output=True, check=False)
-        end = time.monotonic() + GONE_S
-        while held(job, queue()) is not None and time.monotonic() < end:
-            time.sleep(0.5)
+        _withdraw(job)
         return True
 
     def _send(self, cluster: Slurm, runs: Sequence[Run], after: Sequence[str]) -> dict[Path, Job]:
@@ -278,6 +275,14 @@ class Performance:
             around = group[0].folder if len(group) == 1 else self.plan.folder
             after = [f"JOB_OF_{folder.name}" for folder in group[0].needs]
             yield cluster.script(around.resolve().name, len(group), around / "jobs", after)
+
+
+def _withdraw(job: Job) -> None:
+    """Cancel a job that waits, and wait until the queue no longer holds it."""
+    subprocess.run(["scancel", job.id], capture_output=True, check=False)
+    end = time.monotonic() + GONE_S
+    while held(job, queue()) is not None and time.monotonic() < end:
+        time.sleep(0.5)
 
 
 def _groups(runs: Sequence[Run]) -> list[list[Run]]:
