@@ -23,8 +23,8 @@ from uuid import uuid4
 from launch.crew import Each, Lost, Workers, workers_for
 from launch.element import Element, Record, read_records
 from launch.run import RunError
-from launch.slurm import Slurm
-from launch.tasks import Tasks
+from launch.slurm import Slurm, as_outside_a_job
+from launch.tally import Tally
 
 if TYPE_CHECKING:
     import submitit
@@ -64,7 +64,7 @@ class Array:
         for left in self.folder.glob(f"{PREFIX}*"):
             self._cancel(_ids(left))
             shutil.rmtree(left, ignore_errors=True)
-        Tasks().over(self.folder)
+        Tally().over(self.folder)
         yield self._each
         with suppress(OSError):
             self.folder.rmdir()
@@ -81,7 +81,7 @@ class Array:
         folder = self.folder / f"{PREFIX}{uuid4().hex[:12]}"
         folder.mkdir(mode=0o700)
         run = _Run(self, folder, function, tasks, [name(task) for task in tasks])
-        told = Tasks(_called(function), len(tasks))
+        told = Tally(_called(function), len(tasks))
         try:
             run.submit(range(len(tasks)))
             while run.out:
@@ -209,7 +209,7 @@ class _Run:
         given = {"name": self.array.name, "slurm_array_parallelism": parallel, "slurm_additional_parameters": extra}
         executor.update_parameters(**(slurm.parameters("") | given))
         try:
-            with _as_outside_a_job():
+            with as_outside_a_job():
                 jobs = executor.submit_array(elements)
         except submitit.core.utils.FailedJobError as error:
             raise RunError(f"sbatch refused the array: {' '.join(str(error).split())}") from None
@@ -275,20 +275,6 @@ class _Run:
             text = f"in work in {self.tries[number]} jobs that were lost; last {where}: {element.job.paths.stderr}"
             lost.append((number, Lost("node", text)))
         return lost
-
-
-@contextmanager
-def _as_outside_a_job() -> Iterator[None]:
-    """This process may be a job itself, whose size sbatch would take for that of the new ones."""
-    from submitit.helpers import clean_env
-
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with clean_env():
-        os.environ |= configuration
-        yield
 
 
 def _queued() -> set[str] | None:

@@ -10,8 +10,9 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["Beat", "read_beats", "standing", "write_beat"]
+__all__ = ["Beat", "open_beat", "put_beat", "read_beats", "standing", "write_beat"]
 
 FOLDER = "beats"
 
@@ -36,15 +37,22 @@ class Beat:
     at: float
 
 
-def write_beat(folder: Path, beat: Beat) -> None:
-    """Write a rank's sign of life into the run folder. In place and of one length: a full disk does not silence it."""
-    path = folder / FOLDER / f"{beat.rank:05d}.json"
+def open_beat(folder: Path, rank: int) -> BinaryIO:
+    """The file of a rank's signs of life in the run folder, for `put_beat`; whoever opens it closes it."""
+    path = folder / FOLDER / f"{rank:05d}.json"
     path.parent.mkdir(exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        os.pwrite(descriptor, json.dumps(asdict(beat)).ljust(511).encode() + b"\n", 0)
-    finally:
-        os.close(descriptor)  # which is when other machines get to see it
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0)
+
+
+def put_beat(file: BinaryIO, beat: Beat) -> None:
+    """Write a rank's sign of life over the last one. In place and of one length: a full disk does not silence it."""
+    os.pwrite(file.fileno(), json.dumps(asdict(beat)).ljust(511).encode() + b"\n", 0)
+
+
+def write_beat(folder: Path, beat: Beat) -> None:
+    """Write a rank's sign of life into the run folder, and close the file: then other machines get to see it."""
+    with open_beat(folder, beat.rank) as file:
+        put_beat(file, beat)
 
 
 def read_beats(folder: Path) -> list[Beat]:

@@ -32,6 +32,7 @@ __all__ = [
     "alive",
     "close_run",
     "command",
+    "may_pass",
     "note_start",
     "now",
     "open_run",
@@ -88,6 +89,11 @@ def say(error: BaseException) -> str:
     return f"{name}{error}".rstrip(": ")
 
 
+def may_pass(error: BaseException) -> bool:
+    """May the same command succeed where it has failed so? A mistake stays one; a machine or its network may recover."""
+    return not isinstance(error, (ValueError, ImportError, FileNotFoundError, PermissionError, NotADirectoryError))
+
+
 def open_run(
     folder: Path, settings: Settings, command: Sequence[str], free: Collection[str] = (), remedy: str = ""
 ) -> Path:
@@ -121,10 +127,16 @@ def open_run(
     return folder
 
 
-def close_run(folder: Path, state: str, outcome: Outcome | None = None, error: str = "") -> None:
-    """Note how the last start ended: ``state`` is done, failed or stopped. A full disk must not hide a failure."""
+def close_run(
+    folder: Path, state: str, outcome: Outcome | None = None, error: str = "", *, again: bool = False
+) -> None:
+    """Note how the last start ended: ``state`` is done, failed or stopped; ``again``: another try may well succeed.
+
+    A full disk must not hide a failure.
+    """
     made = outcome or Outcome()
-    text = json.dumps({"state": state, "at": now(), "made": made.made, "next": made.next, "error": error}, indent=1)
+    ended = {"state": state, "at": now(), "made": made.made, "next": made.next, "error": error, "again": again}
+    text = json.dumps(ended, indent=1)
     try:
         write_text(folder / "outcome.json", text + "\n")
     except RunError:
@@ -138,7 +150,7 @@ def note_start(folder: Path, job: str | None = None, waiting: bool = False) -> N
     if not record["starts"]:
         raise RunError(f"{folder / 'run.json'} holds no start to note job {job} in; start the run again")
     here = _here() if not waiting else {"host": None, "pid": None, "ticks": None}
-    record["starts"][-1] |= {"job": job, **here}
+    record["starts"][-1] |= {"job": job, "begun": now(), **here}
     (folder / "outcome.json").unlink(missing_ok=True)
     write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
 

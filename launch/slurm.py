@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
-import subprocess
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from pydantic import Field
 
 from launch.call import Call
+from launch.jobs import Job, held, note_job, queue
 from launch.ranks import RankFailed
-from launch.run import Outcome, RunError, Stopped, close_run, command, note_start, read_json, say
+from launch.run import Outcome, RunError, Stopped, command, note_start, now, read_json
 from launch.settings import Settings
+from launch.task import Task
 
-__all__ = ["ArrayRules", "Slurm", "Task"]
+__all__ = ["ArrayRules", "Slurm", "as_outside_a_job"]
+
+ASK_S = 5.0  # between two questions to the queue by who waits for a job
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: what the aftermath says where the job is to go back to the queue
 
 
 class ArrayRules(Settings):
-    """How the tasks of a verb that shares them out become one array of jobs."""
+    """How tasks, folds or points of a sweep become one array of jobs."""
 
     elements: int = Field(200, ge=1, description="jobs that the tasks of one step are cut into at most")
     parallel: int | None = Field(None, ge=1, description="how many of them run at a time, by default all that can")
@@ -48,11 +59,19 @@ class Slurm(Settings):
     signal_delay_s: int = Field(
         300, ge=1, description="seconds between the warning and the end: more than a step and a save"
     )
-    requeues: int = Field(1000, ge=0, description="how often it may go back to the queue")
+    requeues: int = Field(1000, ge=0, description="how often it may go back to the queue when its time is over")
+    restarts: int = Field(
+        3, ge=0, description="how often in a row, without a new checkpoint, it goes back after a failure"
+    )
     setup: tuple[str, ...] = Field((), description="shell lines before the start, such as `module load`")
+    environment: dict[str, str] = Field({}, description="variables of the job")
+    python: str | None = Field(
+        None, description="what starts Python on the nodes, such as `apptainer exec --nv axial.sif python`"
+    )
+    srun: tuple[str, ...] = Field((), description="more words for srun, such as --container-image=axial.sqsh (pyxis)")
     extra: dict[str, str | int | bool] = Field({}, description="other options of sbatch")
     wait: bool = Field(False, description="stay until the job has ended")
-    array: ArrayRules = Field(ArrayRules(), description="for verbs that share out tasks")
+    array: ArrayRules = Field(ArrayRules(), description="for verbs that share out tasks, folds, parts and sweeps")
 
     @property
     def ranks(self) -> int:
@@ -68,30 +87,82 @@ class Slurm(Settings):
         """A job outlives the command, unless one waits for it."""
         return not self.wait and self.cluster != "debug"
 
-    def run(self, call: Call) -> Outcome:
+    def submit(
+        self, calls: Sequence[Call], folder: Path, name: str, after: Sequence[str] = (), any_end: bool = False
+    ) -> list[Job]:
+        """One job for one call, one array for several; noted in the run folder of each, whose start waits from now on.
+
+        ``folder`` takes script, pickles and output. With ``after`` the job begins when these jobs have ended well (with
+        ``any_end``: somehow), and leaves the queue when they no longer can. Raises RunError where it is refused.
+        """
         import submitit
 
         self.check()
-        log = call.folder / "jobs"
-        executor = submitit.AutoExecutor(log, cluster=self.cluster, slurm_max_num_timeout=self.requeues)
-        executor.update_parameters(**self.parameters(call.folder.resolve().name))
-        if self.detached:
-            note_start(call.folder, waiting=True)  # before: afterwards the job may have begun to write there itself
+        folder = folder.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = folder / f"{uuid4().hex[:12]}.json"
+        executor = submitit.AutoExecutor(folder, cluster=self.cluster, **self._python)
+        executor.update_parameters(**self.parameters(name, plan, len(calls), after, any_end))
+        if self.cluster == "slurm":
+            listed = [[call.main, call.model, str(call.folder.resolve())] for call in calls]
+            plan.write_text(json.dumps({"calls": listed, "restarts": self.restarts, "requeues": self.requeues}))
+        for call in calls:  # before: afterwards the job may have begun to write there itself
+            note_start(call.folder, waiting=True)
+        tasks = [Task(call, self.restarts) for call in calls]
         try:
-            job = executor.submit(Task(call, self.requeues))
+            with as_outside_a_job():
+                sent = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
         except submitit.core.utils.FailedJobError as error:
+            plan.unlink(missing_ok=True)
             raise RunError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
-        if self.detached:
-            made = f"job {job.job_id}, its output in {log}/{job.job_id}_0_log.out"
-            return Outcome(made=(made,), next=(command("status", f"folder={call.folder}"),))
-        try:
-            outcomes = job.results()
-        except submitit.core.utils.UncompletedJobError as error:
-            raise RankFailed(0, self.nodes, f"job {job.job_id} failed", str(error)) from None
-        ended = read_json(call.folder / "outcome.json") or {}
-        if ended.get("state") == "stopped":
+        title = f"axial-{name}"
+        jobs = [Job(str(job.job_id), title, self.cluster, str(folder), now()) for job in sent]
+        for call, job in zip(calls, jobs, strict=True):
+            note_job(call.folder, job)
+        if self.cluster == "debug":
+            for job in sent:
+                with suppress(Exception):  # it stands in the outcome
+                    job.result()
+        return jobs
+
+    def run(self, call: Call) -> Outcome:
+        """Submit one run; its outcome where one waits for it, else what to look at."""
+        [job] = self.submit([call], call.folder / "jobs", call.folder.resolve().name)
+        if not self.detached:
+            return self.wait_for(call.folder, job)
+        return Outcome((f"job {job.id}, its output in {job.log()}",), (command("status", f"folder={call.folder}"),))
+
+    @property
+    def _python(self) -> dict[str, str]:
+        return {"slurm_python": self.python} if self.python and self.cluster == "slurm" else {}
+
+    def wait_for(self, folder: Path, job: Job) -> Outcome:
+        """What became of the job of a run folder, once it has left the queue for good.
+
+        Raises Stopped where it was stopped, RankFailed where it failed, both as its outcome says.
+        """
+        while self._goes_on(job, folder):
+            time.sleep(ASK_S if self.cluster == "slurm" else 0.2)
+        ended = read_json(folder / "outcome.json")
+        if ended is None:
+            seen = f"is {folder} seen by its machine? " if not job.log().exists() else ""
+            raise RunError(f"job {job.id} left the queue without a word; {seen}the same command submits it again")
+        if ended["state"] == "stopped":
             raise Stopped(str(ended["error"]))
-        return outcomes[0] or Outcome()
+        if ended["error"]:
+            errors = job.log(kind="err")
+            trace = errors.read_text(errors="replace")[-4000:] if errors.exists() else ""
+            raise RankFailed(0, self.ranks, f"job {job.id} failed: {ended['error']}", trace)
+        return Outcome(tuple(ended["made"]), tuple(ended["next"]), ended["state"] == "done")
+
+    def _goes_on(self, job: Job, folder: Path) -> bool:
+        if self.cluster == "slurm":
+            jobs = queue()
+            return jobs is None or held(job, jobs) is not None
+        if self.cluster == "local":
+            with suppress(ChildProcessError):
+                return os.waitpid(int(job.id), os.WNOHANG)[0] == 0
+        return False
 
     def check(self) -> None:
         """Raises RunError where jobs cannot be submitted."""
@@ -100,8 +171,32 @@ class Slurm(Settings):
                 "there is no sbatch on this machine; submit from a login node of the cluster, or use cluster: local"
             )
 
-    def parameters(self, name: str) -> dict[str, Any]:
-        """Of submitit's update_parameters; what is None is left to the cluster."""
+    def script(self, name: str, count: int, folder: Path, after: Sequence[str] = ()) -> str:
+        """What sbatch would be given for ``count`` runs. Needs no cluster."""
+        from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+        folder = folder.resolve()
+        given = self.parameters(name, folder / "PLAN.json", count, after)
+        named = {key.removeprefix("slurm_"): value for key, value in given.items() if not key.startswith("local_")}
+        equal = SlurmExecutor._equivalence_dict()
+        told = {equal.get(key, key): value for key, value in named.items()}
+        if "mem" in told:
+            told["mem"] = f"{told['mem']:g}GB"
+        told |= {"map_count": count} if count > 1 else {}
+        python = self.python or shlex.quote(sys.executable)
+        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        return str(_make_sbatch_string(command, folder, **told))
+
+    def parameters(
+        self, name: str, plan: Path | None = None, count: int = 1, after: Sequence[str] = (), any_end: bool = False
+    ) -> dict[str, Any]:
+        """Of submitit's update_parameters; what is None is left to the cluster. ``plan``: see launch.aftermath."""
+        before, behind = self._around(plan) if plan is not None else (list(self._lines), None)
+        extra = dict(self.extra)
+        if plan is not None and "no_requeue" not in extra:  # where its machine dies, and by the aftermath
+            extra = {"requeue": True, **extra}
+        if after:
+            extra = {"kill_on_invalid_dep": "yes", **extra}
         given = {
             "name": f"axial-{name}",
             "nodes": self.nodes,
@@ -115,70 +210,55 @@ class Slurm(Settings):
             "slurm_account": self.account,
             "slurm_qos": self.qos,
             "slurm_constraint": self.constraint,
-            "slurm_setup": list(self.setup) or None,
-            "local_setup": list(self.setup) or None,
-            "slurm_additional_parameters": dict(self.extra) or None,
-            # A rank that has died leaves the others in a collective: the job ends at once.
-            "slurm_srun_args": ["--kill-on-bad-exit=1"],
+            "slurm_dependency": f"{'afterany' if any_end else 'afterok'}:{':'.join(after)}" if after else None,
+            "slurm_array_parallelism": (self.array.parallel or count) if count > 1 else None,
+            "slurm_setup": before or None,
+            "slurm_teardown": behind,
+            "local_setup": list(self._lines) or None,
+            "slurm_additional_parameters": extra or None,
+            # A rank that has died leaves the others in a collective: the job ends at once. Since SLURM 22.05 srun
+            # does not take the cores over from sbatch, and data workers would share a single one.
+            "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus_per_process}", *self.srun],
         }
         return {key: value for key, value in given.items() if value is not None}
 
+    @property
+    def _lines(self) -> tuple[str, ...]:
+        variables = (f"export {name}={shlex.quote(value)}" for name, value in self.environment.items())
+        return (*variables, *self.setup)
 
-@dataclass(frozen=True)
-class Task:
-    """What submitit pickles and calls in every process of a job."""
-
-    call: Call
-    requeues: int = 1000
-
-    def __call__(self) -> Outcome | None:
-        import submitit
-
-        job = submitit.JobEnvironment()
-        first = job.global_rank == 0
-        _tell_ranks()
-        if first:
-            note_start(self.call.folder, job=job.job_id)
-        try:
-            outcome = self.call.execute()
-        except Stopped as stop:
-            # Every rank has saved. A job that was cancelled stays so; one that was warned goes back to the queue.
-            if first:
-                close_run(self.call.folder, "stopped", error=str(stop))
-                again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) < self.requeues
-                if stop.signal == "SIGUSR2" and job.cluster == "slurm" and again:
-                    subprocess.run(["scontrol", "requeue", job.job_id], check=True)
-            return Outcome(next=(str(stop),)) if first else None
-        except BaseException as error:
-            # The first to fail is the one to be told: the others mostly fail because it went away.
-            if not (self.call.folder / "outcome.json").exists():
-                who = "" if first else f"rank {job.global_rank}: "
-                close_run(self.call.folder, "failed", error=f"{who}{say(error)}")
-            raise
-        if first:
-            close_run(self.call.folder, "done" if outcome.ok else "failed", outcome)
-        return outcome if first else None
-
-    def checkpoint(self) -> Any:
-        """For submitit, when a verb without its own handler is warned: queue it again; it goes on by its files."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
+    def _around(self, plan: Path) -> tuple[list[str], list[str]]:
+        """Shell lines before and after the work: whatever becomes of it, somebody is there to note it and go on."""
+        python, file = self.python or shlex.quote(sys.executable), shlex.quote(str(plan))
+        lines = [
+            'echo "axial: start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST" >&2',
+            *self._lines,
+            "axial_ended() {",
+            f'  {python} -P -m launch.aftermath {file} "$@"',
+            "  local code=$?",
+            f'  if [ "$code" = {AGAIN} ]; then scontrol requeue "$SLURM_JOB_ID" && sleep 120; fi',
+            '  exit "$code"',
+            "}",
+        ]
+        if self.nodes > 1:
+            # Asked before the start: a rank that cannot read its task would let the others wait for it.
+            look = shlex.quote(f'test -e {file} || echo "$SLURMD_NODENAME"')
+            lines += [
+                f"axial_blind=$(srun --ntasks={self.nodes} --ntasks-per-node=1 --cpus-per-task=1 sh -c {look})",
+                '[ -z "$axial_blind" ] || axial_ended 1 $axial_blind',
+            ]
+        return lines, ["axial_ended $?"]
 
 
-def _tell_ranks() -> None:
-    """Put the place of this process in its job where torchrun would put it."""
-    from submitit import JobEnvironment
-    from submitit.helpers import TorchDistributedEnvironment
+@contextmanager
+def as_outside_a_job() -> Iterator[None]:
+    """This process may be a job itself, whose size sbatch would take for that of the new ones."""
+    from submitit.helpers import clean_env
 
-    found = TorchDistributedEnvironment()
-    # The host name of a node need not resolve on itself; between nodes it must.
-    address = found.master_addr if JobEnvironment().num_nodes > 1 else "127.0.0.1"
-    os.environ |= {
-        "RANK": str(found.rank),
-        "WORLD_SIZE": str(found.world_size),
-        "LOCAL_RANK": str(found.local_rank),
-        "LOCAL_WORLD_SIZE": str(found.local_world_size),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(found.master_port),
-    }
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with clean_env():
+        os.environ |= configuration
+        yield

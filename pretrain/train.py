@@ -9,6 +9,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from fvcore.nn import parameter_count, parameter_count_table
 
@@ -32,7 +33,7 @@ from pretrain.settings import Settings
 from pretrain.watch.pairs import find_pairs
 from pretrain.watch.watch import Prepared, Watch, prepare
 
-__all__ = ["build_method", "dry_run", "main", "place_method", "summary"]
+__all__ = ["build_method", "dry_run", "main", "place_method", "samples", "summary"]
 
 
 def main(settings: Settings) -> Outcome:
@@ -170,6 +171,14 @@ def _read(settings: Settings) -> str:
     slices = sum(map(len, corpora))
     rounds = settings.steps * settings.data.batch_size / slices
     return f"the corpus: {settings.data.place} has {slices:,} slices, each seen {rounds:,.2f} times on average"
+
+
+def samples(settings: Settings, step: int) -> list[str]:
+    """Keys of the slices that a step (the first is 1) sees, over all ranks in their order."""
+    corpora = [Corpus(source.path, settings.data.split, mapped=False) for source in settings.data.sources]
+    size, whole = settings.data.batch_size, Corpora(corpora)
+    chosen = order_of(settings.data, corpora).at(np.arange((step - 1) * size, step * size)).tolist()
+    return [part.key(i) for part, i in map(whole.of, chosen)]
 
 
 def _check_parts(settings: Settings, ranks: int) -> None:

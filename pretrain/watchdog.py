@@ -18,11 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from pydantic import Field
 
-from launch.beats import Beat, read_beats, standing, write_beat
+from launch.beats import Beat, open_beat, put_beat, read_beats, standing, write_beat
 from launch.distributed import World
 from launch.progress import duration
 from launch.run import close_run
@@ -75,11 +75,14 @@ class Watchdog:
         self._looked = self._moved = time.monotonic()
         self._last = (0, 0)
         self._others: dict[int, _Seen] = {}
+        self._file: BinaryIO | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self._settings.quiet_s:
             self._main = threading.get_ident()
+            with suppress(OSError):
+                self._file = open_beat(self._folder, self._world.rank)
             self._thread.start()
         return self
 
@@ -89,14 +92,22 @@ class Watchdog:
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(5.0)  # longer only when the disk is away
-        for path in self._folder.glob(f"beats/{self._world.rank:05d}.json"):
-            path.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+        if error is None:  # else the last sign tells in which step it came
+            for path in self._folder.glob(f"beats/{self._world.rank:05d}.json"):
+                path.unlink(missing_ok=True)
 
     def begin(self, step: int) -> None:
         """This rank begins step `step` (the first is 1)."""
         self._step = step
         self._steps += 1
         self._moves += 1
+        if (
+            self._file is not None
+        ):  # kept open: no round trip to a file server, and yet there when this process is killed
+            with suppress(OSError):
+                put_beat(self._file, self._beat(time.monotonic()))
 
     def at(self, place: str) -> None:
         """This rank now does `place`: data, forward and backward, optimizer, validation, agreement, log, checkpoint."""

@@ -1,0 +1,111 @@
+"""What a job's batch script does when the job's processes have ended: note how, and say whether it is to go on.
+
+``python -m launch.aftermath PLAN CODE [BLIND_NODE ...]``; PLAN is the file that `launch.slurm` wrote at submission, CODE
+srun's exit code. Exit codes: 0 done, 75 back to the queue, 1 ended for now. It runs on the job's first machine even
+where every process was killed, which is why it is no part of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.attempts import Attempt, against_another, newest_checkpoint, note_attempt, read_attempts, step_of
+from launch.call import Call, samples_of
+from launch.jobs import last_job
+from launch.run import Stopped, close_run, read_json
+from launch.task import restarted
+
+__all__ = ["main"]
+
+AGAIN, ENDED = 75, 1
+SHOWN = 16  # sample keys in the message; a file has all
+
+
+def main(plan: str, code: str, *blind: str) -> int:
+    """The exit code for the batch script."""
+    asked = json.loads(Path(plan).read_text(encoding="utf-8"))
+    element = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
+    verb, model, folder = asked["calls"][element]
+    call, array = Call(verb, model, Path(folder)), os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{element}" if array else os.environ["SLURM_JOB_ID"]
+    if blind:
+        where = f"{folder} is not there on {', '.join(blind)}, a machine of job {job}"
+        close_run(call.folder, "failed", error=f"{where}; put it on a file system that all nodes see")
+        return ENDED
+    ended = read_json(call.folder / "outcome.json")
+    state = (ended or {}).get("state")
+    if state == "done":
+        return 0
+    if ended is not None and state == "stopped":
+        return _stopped(call.folder, job, str(ended["error"]), asked["requeues"])
+    return _failed(call, job, ended, int(code), asked["restarts"])
+
+
+def _stopped(folder: Path, job: str, text: str, requeues: int) -> int:
+    """A job that was cancelled stays so; one that was warned goes back to the queue."""
+    if Stopped(text).signal != "SIGUSR2":
+        return ENDED
+    step = newest_checkpoint(folder)
+    note_attempt(folder, Attempt(job, restarted(), "warned", step, step, text))
+    if restarted() >= requeues:
+        close_run(folder, "stopped", error=f"{text}; it was in the queue {requeues + 1} times (requeues: {requeues})")
+        return ENDED
+    return AGAIN
+
+
+def _failed(call: Call, job: str, ended: dict[str, Any] | None, code: int, restarts: int) -> int:
+    folder = call.folder
+    killed = _killed(folder)
+    told = "" if ended is None else str(ended["error"])
+    if ended is not None and not ended.get("again") and not killed:
+        return ENDED
+    if ended is None and not code:
+        told = "its processes ended without a word"
+    reason = "; ".join(filter(None, [killed, told])) or f"its processes ended with code {code}"
+    attempt = Attempt(
+        job, restarted(), "killed" if killed else "failed", step_of(folder), newest_checkpoint(folder), reason
+    )
+    note_attempt(folder, attempt)
+    if no := against_another(read_attempts(folder, job), restarts):
+        close_run(folder, "failed", error=f"job {job} is not tried again: {no}: {reason}{_samples(call, attempt.step)}")
+        return ENDED
+    close_run(folder, "failed", error=f"{reason}; job {job} goes back to the queue", again=True)
+    return AGAIN
+
+
+def _killed(folder: Path) -> str:
+    """What srun said of the first process that was killed in this start: ``rank 1 on node7: Killed``."""
+    job = last_job(folder)
+    if job is None or not job.log(kind="err").exists():
+        return ""
+    said = "\n" + job.log(kind="err").read_text(errors="replace").rpartition("\naxial: start ")[2]
+    found = re.findall(
+        r"^srun: error: (\S+): tasks? (\S+): (Killed|Out Of Memory|.*core dumped.*|Bus error.*)", said, re.M
+    )
+    return f"rank {found[0][1]} on {found[0][0]}: {found[0][2]}" if found else ""
+
+
+def _samples(call: Call, step: int | None) -> str:
+    """The samples of the step, where the verb can tell them; all of them are written to a file."""
+    if step is None:
+        return ""
+    try:
+        keys: Sequence[str] = samples_of(call, step)
+    except Exception as error:  # the failure itself must be told, whatever became of the corpus
+        return f" (its samples cannot be told: {error})"
+    if not keys:
+        return ""
+    path = call.folder / f"samples_of_step_{step}.txt"
+    path.write_text("\n".join(keys) + "\n", encoding="utf-8")
+    more = f", ... ({len(keys)} in {path})" if len(keys) > SHOWN else ""
+    return f". Samples of step {step}: {', '.join(keys[:SHOWN])}{more}. Look at these, or leave them out of the corpus"
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
