@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launch import perform
+from launch import perform, run
 from launch.call import Call
 from launch.cli import main
 from launch.jobs import Job, Queued, note_job
-from launch.run import Outcome, RunError, note_start
+from launch.run import Outcome, RunError, close_run, note_start, now
 from launch.slurm import Slurm
 from launch.verbs import VERBS, Verb
 
@@ -40,7 +40,7 @@ class Cluster:
         self.sent.append(([str(call.folder) for call in calls], list(after)))
         jobs = []
         for n, call in enumerate(calls):
-            job = Job(f"{number}_{n}" if len(calls) > 1 else str(number), f"axial-{name}", "slurm", str(folder), "")
+            job = Job(f"{number}_{n}" if len(calls) > 1 else str(number), f"axial-{name}", "slurm", str(folder), now())
             note_start(call.folder, waiting=True)
             note_job(call.folder, job)
             self.queue[job.id, job.name] = Queued("PENDING", "Dependency" if after else "Resources")
@@ -63,8 +63,6 @@ class Task:
     call: Call
 
     def __call__(self) -> None:
-        from launch.run import close_run
-
         note_start(self.call.folder, job="1")
         try:
             close_run(self.call.folder, "done", self.call.execute())
@@ -90,7 +88,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cluster:
 
     monkeypatch.setattr(Slurm, "check", lambda self: None)
     monkeypatch.setattr(Slurm, "submit", lambda self, *given: made.submit(self, *given))
-    monkeypatch.setattr(perform, "queue", lambda: made.queue)
+    for module in (perform, run):
+        monkeypatch.setattr(module, "queue", lambda: made.queue)
     monkeypatch.setattr(perform, "_withdraw", withdraw)
     return made
 
