@@ -6,17 +6,16 @@ killed in the queue, or with its machine, leaves no word at all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from launch.attempts import Attempt, read_attempts
 from launch.jobs import Job, Queued, held, last_job
 from launch.run import RunError, alive, read_json
 
-__all__ = ["RunState", "State", "attempts", "state_of"]
+__all__ = ["RunState", "State", "state_of"]
 
 State = Literal["queued", "running", "stopped", "done", "failed"]
 
@@ -35,7 +34,7 @@ class RunState:
     job: Job | None = None
     queued: Queued | None = None
     why: str = ""
-    attempts: tuple[dict[str, Any], ...] = ()
+    attempts: tuple[Attempt, ...] = ()
 
     @property
     def begun(self) -> bool:
@@ -57,7 +56,8 @@ def state_of(folder: Path, jobs: Mapping[tuple[str, str], Queued] | None) -> Run
     if job is not None and queued is None and not job.since(start["at"]):
         job = None
     state, why = _state(folder, start, outcome, job, queued, jobs is not None)
-    return RunState(state, start, outcome, job, queued, why, attempts(folder, start["at"]))
+    tries = read_attempts(folder, job.id) if job is not None else []
+    return RunState(state, start, outcome, job, queued, why, tuple(tries))
 
 
 def _state(
@@ -66,10 +66,13 @@ def _state(
     ended = outcome.get("state")
     if queued is not None and ended != "done":  # done: the job is only being put away
         return ("queued" if queued.waits else "running"), queued.why
-    if ended:
-        return ended, str(outcome.get("error", "")).strip()
     gone = asked and job is not None and job.cluster == "slurm"
     number = job.id if job is not None else ""
+    if ended:
+        error = str(outcome.get("error", "")).strip()
+        if gone and outcome.get("again"):  # it says that the job goes back to the queue
+            error += f"\nthen job {number} left the queue (cancelled, or not taken back); the same command goes on"
+        return ended, error
     if start.get("pid"):
         # None: another machine's process. Its files are the only sign; how old the last is, is told.
         living = alive(start)
@@ -83,27 +86,3 @@ def _state(
             f"does not see {folder}); the same command submits it again"
         )
     return "queued", ""
-
-
-def attempts(folder: Path, since: str) -> tuple[dict[str, Any], ...]:
-    """How tries of the job of the start at ``since`` ended, oldest first: of each how, at which step and why."""
-    try:
-        lines = (folder / "attempts.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return ()
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # torn by a full disk
-        if isinstance(row, dict) and not _before(str(row.get("at", "")), since):
-            found.append(row)
-    return tuple(found)
-
-
-def _before(at: str, since: str) -> bool:
-    try:
-        return datetime.fromisoformat(at) < datetime.fromisoformat(since)
-    except ValueError:
-        return True

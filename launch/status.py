@@ -15,13 +15,14 @@ from typing import Any, get_args
 
 from pydantic import Field
 
+from launch.attempts import Attempt
 from launch.beats import Beat, read_beats, standing
 from launch.jobs import Queued, queue
 from launch.progress import duration, rate
 from launch.run import Outcome, RunError
 from launch.settings import Settings as Base
 from launch.state import State, state_of
-from launch.tasks import Tasks, read_tasks
+from launch.tally import Tally, read_tally
 
 __all__ = ["Settings", "Status", "main", "runs_beneath", "status_of", "told"]
 
@@ -48,8 +49,8 @@ class Status:
     when: datetime
     metrics: dict[str, Any]
     error: str  # or whatever else there is to say of the state
-    attempts: tuple[dict[str, Any], ...] = ()  # earlier tries of the same job, while it waits or runs
-    tasks: Tasks | None = None  # of a verb that shares them out, while it runs
+    attempts: tuple[Attempt, ...] = ()  # earlier tries of the same job, while it waits or runs
+    tasks: Tally | None = None  # of a verb that shares them out, while it runs
     checkpoint: tuple[int, datetime] | None = None  # step of the newest and when it was written
     beats: tuple[Beat, ...] = ()  # signs of life of its processes, while it runs
     order: tuple[Any, ...] = ()  # in which runs were started
@@ -117,7 +118,7 @@ def status_of(folder: Path, jobs: Mapping[tuple[str, str], Queued] | None = None
         error=now.why,
         # What a job that ended well, or with an error that is told, went through is history.
         attempts=now.attempts if at_work or (now.state == "stopped" and not now.outcome) else (),
-        tasks=read_tasks(folder) if now.state == "running" else None,
+        tasks=read_tally(folder) if now.state == "running" else None,
         checkpoint=_last_checkpoint(folder),
         beats=_beats(folder, start["at"]) if now.state == "running" else (),
         order=(datetime.fromisoformat(start["at"]), job.order if job is not None else (), str(folder)),
@@ -153,11 +154,11 @@ def told(status: Status) -> str:
     return "\n".join(lines)
 
 
-def _attempt(row: dict[str, Any]) -> str:
-    """``failed at step 120: out of memory``."""
-    how, step = str(row.get("how") or "ended"), row.get("step")
-    reason = next(iter(str(row.get("reason") or "").splitlines()), "")
-    return f"{how}{f' at step {step}' if step is not None else ''}{f': {reason}' if reason else ''}"
+def _attempt(last: Attempt) -> str:
+    """``failed in step 120: out of memory``."""
+    where = f" in step {last.step}" if last.step is not None else ""
+    reason = next(iter(last.reason.splitlines()), "")
+    return f"{last.how}{where}{f': {reason}' if reason else ''}"
 
 
 def _ordinal(number: int) -> str:

@@ -6,10 +6,11 @@ import json
 import os
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from launch.attempts import Attempt, note_attempt
 from launch.jobs import Job, note_job, queue
 from launch.run import RunError, close_run, note_start, open_run
 from launch.status import Settings, main, status_of, told
@@ -34,10 +35,10 @@ def begun(run: Path, **start: Any) -> None:
     (run / "run.json").write_text(json.dumps(record))
 
 
-def attempt(run: Path, how: str, step: int | None, reason: str, at: str = "") -> None:
-    row = {"at": at or datetime.now().astimezone().isoformat(), "job": "17", "restart": 0}
-    with (run / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(row | {"how": how, "step": step, "reason": reason}) + "\n")
+def attempt(
+    run: Path, how: Literal["failed", "killed", "lost"], step: int | None, reason: str, job: str = "17"
+) -> None:
+    note_attempt(run, Attempt(job, 0, how, step, None, reason))
 
 
 def state(run: Path) -> str:
@@ -63,25 +64,30 @@ def test_from_queue_to_end(run: Path, cluster: Cluster) -> None:
 
 def test_a_job_that_failed_and_waits_to_start_again_is_queued(run: Path, cluster: Cluster) -> None:
     begun(run)
-    attempt(run, "killed", 3, "of an earlier start of the run", at="2020-01-01T00:00:00+00:00")
+    attempt(run, "killed", 3, "of an earlier job of the run", job="16")
     attempt(run, "failed", 80, "rank 1: out of memory\nmore")
     attempt(run, "lost", None, "")
     attempt(run, "failed", 120, "rank 1: out of memory\nmore")
-    close_run(run, "failed", error="rank 1: out of memory")
+    close_run(run, "failed", error="rank 1: out of memory; job 17 goes back to the queue", again=True)
     cluster.holds(("17", "PENDING", "BeginTime"))
     lines = told(status_of(run, queue())).splitlines()
     assert lines[0].endswith("  job 17  4th start")
     assert "  queued  " in lines[0]
     assert lines[1:] == [
         "  waits a moment, then starts again (BeginTime)",
-        "  last time: failed at step 120: rank 1: out of memory",
+        "  last time: failed in step 120: rank 1: out of memory",
     ]
     cluster.holds(("17", "RUNNING"))
     assert state(run) == "running"
     cluster.holds()
     lines = told(status_of(run, queue())).splitlines()
     assert "  failed  " in lines[0]
-    assert lines[1:] == ["  rank 1: out of memory"]
+    assert lines[1:] == [
+        "  rank 1: out of memory; job 17 goes back to the queue",
+        "  then job 17 left the queue (cancelled, or not taken back); the same command goes on",
+    ]
+    close_run(run, "failed", error="rank 1: out of memory")
+    assert told(status_of(run, queue())).splitlines()[1:] == ["  rank 1: out of memory"]
 
 
 def test_a_job_that_is_gone_without_a_word(run: Path, cluster: Cluster) -> None:
@@ -91,7 +97,7 @@ def test_a_job_that_is_gone_without_a_word(run: Path, cluster: Cluster) -> None:
     assert status.state == "stopped"
     assert told(status).splitlines()[1:] == [
         "  job 17 ended without a word (killed, cancelled, or its machine was lost); the same command goes on",
-        "  last time: lost at step 40: node7 is down",
+        "  last time: lost in step 40: node7 is down",
     ]
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from launch.run import RunError, write_text
 
-__all__ = ["Tasks", "read_tasks"]
+__all__ = ["Tally", "read_tally"]
 
 NAME = "tasks.json"  # in the folder of the run's jobs
 EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
-class Tasks:
+class Tally:
     """``done`` of ``total`` tasks have ended, ``lost`` of them without a result; ``jobs`` wait or run for the rest."""
 
     what: str = ""
@@ -32,7 +32,7 @@ class Tasks:
         lost = f", {self.lost:,} lost" if self.lost else ""
         return f"{self.what}: {self.done:,}/{self.total:,} tasks done{lost}, {self.jobs:,} job{'s' * (self.jobs != 1)}"
 
-    def now(self, folder: Path, done: int, lost: int, jobs: int) -> Tasks:
+    def now(self, folder: Path, done: int, lost: int, jobs: int) -> Tally:
         """The same at this moment, written into ``folder`` where the last time was a while ago."""
         known, at = replace(self, done=done, lost=lost, jobs=jobs), time.monotonic()
         if at - self.written < EVERY_S:
@@ -47,9 +47,9 @@ class Tasks:
         (folder / NAME).unlink(missing_ok=True)
 
 
-def read_tasks(run: Path) -> Tasks | None:
+def read_tally(run: Path) -> Tally | None:
     """What the run in ``run`` has shared out, by its last report; None where there is none."""
     try:
-        return Tasks(**json.loads((run / "jobs" / NAME).read_text(encoding="utf-8")))
+        return Tally(**json.loads((run / "jobs" / NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
