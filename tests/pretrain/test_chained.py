@@ -41,12 +41,15 @@ def test_a_step_that_will_not_be_there_gives_way_to_the_newest(capsys: pytest.Ca
 
 
 def test_where_the_first_begins_is_not_where_the_others_do() -> None:
-    plan = planned("init_from=scratch", "stage3_hires.init_from.heads=false", "stage3_hires.method.gram_teacher.path=x")
+    plan = planned("init_from.path=mine", "stage3_hires.init_from.heads=false", "stage3_hires.method.gram_teacher.path=x")
     one, two, three = (run.settings for run in plan.runs)
-    assert one.source is None
+    assert one.init_from.path == Path("mine")
     assert (two.init_from.path, two.method.gram_teacher.path) == (Path("runs/stage1"), Path("runs/stage1"))
     assert (three.init_from.path, three.init_from.heads) == (Path("runs/stage2_gram"), False)
     assert three.method.gram_teacher.path == Path("x")
+    one, two, _ = (run.settings for run in planned("init_from=scratch").runs)
+    assert one.source is None
+    assert two.init_from.path == Path("runs/stage1")
 
 
 def test_a_run_of_another_method_takes_nothing_over() -> None:
