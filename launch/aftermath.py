@@ -1,8 +1,8 @@
 """What a job's batch script does when the job's processes have ended: note how, and say whether it is to go on.
 
-``python -m launch.aftermath PLAN CODE [BLIND_NODE ...]``; PLAN is the file that `launch.slurm` wrote at submission, CODE
-srun's exit code. Exit codes: 0 done, 75 back to the queue, 1 ended for now. It runs on the job's first machine even
-where every process was killed, which is why it is no part of them.
+``python -m launch.aftermath PLAN CODE [BLIND_NODE ...]``; PLAN is the file that `launch.slurm` wrote at submission,
+CODE srun's exit code. Exit codes: 0 done, 75 back to the queue, 1 ended for now. It runs on the job's first machine
+even where every process was killed, which is why it is no part of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launch.attempts import Attempt, against_another, newest_checkpoint, note_attempt, read_attempts, step_of
 from launch.call import Call, samples_of
@@ -24,6 +24,8 @@ from launch.task import restarted
 __all__ = ["main"]
 
 AGAIN, ENDED = 75, 1
+KILLED = r"Killed|Out Of Memory|Bus error.*|.*core dumped.*"
+OTHERS = "Terminating StepId|CANCELLED AT|Job step aborted"  # from here on processes are ended by SLURM
 SHOWN = 16  # sample keys in the message; a file has all
 
 
@@ -42,9 +44,10 @@ def main(plan: str, code: str, *blind: str) -> int:
     state = (ended or {}).get("state")
     if state == "done":
         return 0
-    if ended is not None and state == "stopped":
+    killed = _killed(call.folder)
+    if ended is not None and state == "stopped" and not killed:
         return _stopped(call.folder, job, str(ended["error"]), asked["requeues"])
-    return _failed(call, job, ended, int(code), asked["restarts"])
+    return _failed(call, job, ended, killed or f"its processes ended with code {code}", asked["restarts"])
 
 
 def _stopped(folder: Path, job: str, text: str, requeues: int) -> int:
@@ -59,18 +62,14 @@ def _stopped(folder: Path, job: str, text: str, requeues: int) -> int:
     return AGAIN
 
 
-def _failed(call: Call, job: str, ended: dict[str, Any] | None, code: int, restarts: int) -> int:
-    folder = call.folder
-    killed = _killed(folder)
-    told = "" if ended is None else str(ended["error"])
-    if ended is not None and not ended.get("again") and not killed:
+def _failed(call: Call, job: str, ended: dict[str, Any] | None, died: str, restarts: int) -> int:
+    """A mistake stays one. Another error, or a process that ``died``, sends the job back unless much speaks against."""
+    folder, state = call.folder, (ended or {}).get("state")
+    if ended is not None and state == "failed" and not ended.get("again"):
         return ENDED
-    if ended is None and not code:
-        told = "its processes ended without a word"
-    reason = "; ".join(filter(None, [killed, told])) or f"its processes ended with code {code}"
-    attempt = Attempt(
-        job, restarted(), "killed" if killed else "failed", step_of(folder), newest_checkpoint(folder), reason
-    )
+    how: Literal["killed", "failed"] = "failed" if state == "failed" else "killed"
+    reason = str(ended["error"]) if ended is not None and state == "failed" else died
+    attempt = Attempt(job, restarted(), how, step_of(folder), newest_checkpoint(folder), reason)
     note_attempt(folder, attempt)
     if no := against_another(read_attempts(folder, job), restarts):
         close_run(folder, "failed", error=f"job {job} is not tried again: {no}: {reason}{_samples(call, attempt.step)}")
@@ -80,14 +79,13 @@ def _failed(call: Call, job: str, ended: dict[str, Any] | None, code: int, resta
 
 
 def _killed(folder: Path) -> str:
-    """What srun said of the first process that was killed in this start: ``rank 1 on node7: Killed``."""
+    """What srun said of the first process to die in this start: ``rank 1 on node7: Killed``; empty where none did."""
     job = last_job(folder)
     if job is None or not job.log(kind="err").exists():
         return ""
     said = "\n" + job.log(kind="err").read_text(errors="replace").rpartition("\naxial: start ")[2]
-    found = re.findall(
-        r"^srun: error: (\S+): tasks? (\S+): (Killed|Out Of Memory|.*core dumped.*|Bus error.*)", said, re.M
-    )
+    first = re.split(OTHERS, said, maxsplit=1)[0]
+    found = re.findall(rf"^srun: error: (\S+): tasks? (\S+): ({KILLED})", first, re.MULTILINE)
     return f"rank {found[0][1]} on {found[0][0]}: {found[0][2]}" if found else ""
 
 

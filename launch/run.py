@@ -90,7 +90,7 @@ def say(error: BaseException) -> str:
 
 
 def may_pass(error: BaseException) -> bool:
-    """May the same command succeed where it has failed so? A mistake stays one; a machine or its network may recover."""
+    """May the same command succeed where it failed so? A mistake stays one; a machine or its network may recover."""
     return not isinstance(error, (ValueError, ImportError, FileNotFoundError, PermissionError, NotADirectoryError))
 
 

@@ -120,9 +120,9 @@ class Slurm(Settings):
         for call, job in zip(calls, jobs, strict=True):
             note_job(call.folder, job)
         if self.cluster == "debug":
-            for job in sent:
+            for one in sent:
                 with suppress(Exception):  # it stands in the outcome
-                    job.result()
+                    one.result()
         return jobs
 
     def run(self, call: Call) -> Outcome:
@@ -178,10 +178,10 @@ class Slurm(Settings):
         folder = folder.resolve()
         given = self.parameters(name, folder / "PLAN.json", count, after)
         named = {key.removeprefix("slurm_"): value for key, value in given.items() if not key.startswith("local_")}
-        equal = SlurmExecutor._equivalence_dict()
-        told = {equal.get(key, key): value for key, value in named.items()}
-        if "mem" in told:
-            told["mem"] = f"{told['mem']:g}GB"
+        equal: dict[str, str] = dict(SlurmExecutor._equivalence_dict())  # type: ignore[arg-type]
+        told: dict[str, Any] = {equal.get(key, key): value for key, value in named.items()}
+        if self.memory_gib is not None:
+            told["mem"] = f"{self.memory_gib:g}GB"
         told |= {"map_count": count} if count > 1 else {}
         python = self.python or shlex.quote(sys.executable)
         command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 NODES = 2
@@ -29,7 +30,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -43,10 +44,15 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_interval=1,batch_sched_delay=0
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,requeue_delay=1
+SlurmctldParameters=preempt_send_user_signal
+SlurmdTimeout=10
 ReturnToService=1
-KillWait=2
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=2000 State=UNKNOWN\n"
 
@@ -60,31 +66,56 @@ def missing() -> str:
     return "" if os.getuid() == 0 else "its daemons want to be started by root"
 
 
+@dataclass
+class Machine:
+    """The running daemons: slurm.conf, for SLURM_CONF, and the processes by name (munged, slurmctld, node0, ...)."""
+
+    folder: Path
+    environment: dict[str, str]
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def conf(self) -> Path:
+        return self.folder / "slurm.conf"
+
+    def start(self, name: str, *around: str) -> None:
+        """Start a daemon; ``around`` are words before its command."""
+        words = {"munged": ["munged", "--foreground", *_munge(self.folder)], "slurmctld": ["slurmctld", "-D"]}
+        command = [*around, *words.get(name, ["slurmd", "-D", "-N", name])]
+        with (self.folder / f"{name}.out").open("ab") as out:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def kill(self, name: str, kind: signal.Signals = signal.SIGKILL) -> None:
+        """End a daemon, by default as a power cut would; jobs that it started stay."""
+        self.daemons[name].send_signal(kind)
+        self.daemons[name].wait(30)
+
+    def until_idle(self, nodes: int = NODES) -> None:
+        """Wait until so many nodes are ready. Raises RuntimeError with the logs where they do not come up."""
+        _until(self.folder, lambda: _idle(self.environment) == nodes)
+
+
 @contextmanager
-def slurm() -> Iterator[Path]:
-    """Yields slurm.conf, for SLURM_CONF. Raises RuntimeError with the logs where it does not come up."""
+def slurm() -> Iterator[Machine]:
+    """A SLURM for the time of the block. Raises RuntimeError with the logs where it does not come up."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: sockets lie in it, whose paths may have 107 characters
     folder.chmod(0o755)  # munge wants others to reach its socket, and nobody else to write here
-    started: list[subprocess.Popen[bytes]] = []
     # Neither another cluster's nor a job's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
     environment["SLURM_CONF"] = str(folder / "slurm.conf")
+    machine = Machine(folder, environment)
     try:
         _configure(folder)
-        commands = [["munged", "--foreground", *_munge(folder)], ["slurmctld", "-D"]]
-        commands += [["slurmd", "-D", "-N", f"node{number}"] for number in range(NODES)]
-        for command in commands:
-            with (folder / f"{len(started)}.out").open("wb") as out:
-                process = subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-                )
-            started.append(process)
-            if command[0] == "munged":
-                _until(folder, lambda: (folder / "munge.socket").exists())
-        _until(folder, lambda: _idle(environment) == NODES)
-        yield folder / "slurm.conf"
+        machine.start("munged")
+        _until(folder, lambda: (folder / "munge.socket").exists())
+        for name in ("slurmctld", *(f"node{number}" for number in range(NODES))):
+            machine.start(name)
+        machine.until_idle()
+        yield machine
     finally:
-        _end(folder, started, environment)
+        _end(folder, list(machine.daemons.values()), environment)
 
 
 def _configure(folder: Path) -> None:
@@ -116,7 +147,9 @@ def _munge(folder: Path) -> list[str]:
 
 def _idle(environment: dict[str, str]) -> int:
     """Nodes that are ready."""
-    asked = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=environment, capture_output=True, text=True)
+    asked = subprocess.run(
+        ["sinfo", "-h", "-N", "-p", "main", "-o", "%T"], env=environment, capture_output=True, text=True
+    )
     return asked.stdout.split().count("idle")
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,26 +14,14 @@ import pytest
 from launch.array import Array
 from launch.slurm import ArrayRules, Slurm
 from tests.launch.crew_tasks import Noted, hear, name
-from tests.slurm.one_machine import missing, slurm
+from tests.slurm.conftest import Cluster
 
-REPOSITORY = Path(__file__).parents[2]
 TASKS = range(24)
 
 
-@pytest.fixture(scope="module")
-def conf() -> Iterator[Path]:
-    if why := missing():
-        pytest.skip(f"no SLURM to be had here: {why}")
-    with slurm() as conf:
-        yield conf
-
-
 @pytest.fixture(autouse=True)
-def _cluster(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_CONF", str(conf))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("SLURM_JOB_ID", "1")  # as if called in a small job
-    monkeypatch.setenv("SLURM_NNODES", "1000")
+def _cluster(cluster: Cluster) -> None:
+    """All tests here run on it."""
 
 
 def array(folder: Path) -> Array:
