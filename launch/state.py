@@ -15,7 +15,7 @@ from launch.attempts import Attempt, read_attempts
 from launch.jobs import Job, Queued, held, last_job
 from launch.run import RunError, alive, read_json
 
-__all__ = ["RunState", "State", "state_of"]
+__all__ = ["RunState", "state_of"]
 
 State = Literal["queued", "running", "stopped", "done", "failed"]
 
