@@ -208,7 +208,8 @@ class Performance:
         jobs: dict[Path, Job] = {}
         fresh: set[Path] = set()
         waited: set[Path] = set()
-        wanted, listed = self._wanted(), queue() if self.plan.many else None
+        listed = queue() if self.plan.many else None  # before it is asked what is done: in between a job may end
+        wanted = self._wanted()
         for run in self.plan.runs:
             if run not in wanted and not run.part:
                 self._say(f"{run.name}: done before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ class Settings(Base):
     numbers: tuple[float, ...] = ()
     mode: Literal["fine", "not_ok", "mistake", "bug", "interrupt"] = "fine"
     mend: Path | None = None
+    wait_for: Path | None = None
     cut: int = 1
     part: int | None = None
 
@@ -29,6 +31,8 @@ def main(settings: Settings) -> Outcome:
     """Write down this start; fail as asked, unless the file `mend` is there."""
     with (settings.folder / "starts").open("a") as file:
         file.write(f"{settings.start} {settings.steps}\n")
+    while settings.wait_for is not None and not settings.wait_for.exists():
+        time.sleep(0.05)
     mode = settings.mode if settings.mend is None or not settings.mend.exists() else "fine"
     if mode == "mistake":
         raise ValueError("this one fails")
