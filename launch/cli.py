@@ -60,9 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--dry-run" in command.flags:
             print(_dry(work, executor))
             return 0
-        target = resolve(verb.main)
         if isinstance(executor, Slurm) and not verb.crew:
             return _end(work.submit(executor))
+        if isinstance(executor, Here) and plan.many:
+            executor = Processes(processes=1)  # so that nothing of a run stays with the next, nor ends it
+        target = resolve(verb.main)
         for run in work.todo():
             with work.noted(run):
                 if isinstance(executor, Here):

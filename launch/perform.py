@@ -66,11 +66,11 @@ class Performance:
         Raises RunError for a folder that cannot be used; in a sweep only that point is left out.
         """
         self._check_chain()
-        wanted = self._wanted()
+        wanted = {run.folder for run in self._wanted()} if self.plan.many else set()
         for number, run in enumerate(self.plan.runs, 1):
             if self.failed and self.plan.kind == "chain":
                 return
-            if run not in wanted:
+            if self.plan.many and run.folder not in wanted:
                 self._say(f"{run.name}: done before")
                 continue
             if self.plan.many:
@@ -128,6 +128,8 @@ class Performance:
             return False
         if code is None:
             traceback.print_exception(error)
+        if isinstance(error, RankFailed) and error.trace:
+            print(error.trace.rstrip(), file=sys.stderr)
         print(f"{run.name}: {text}", file=sys.stderr)
         self.failed.append(run.name)
         return True
@@ -143,8 +145,6 @@ class Performance:
 
         Its parts are, too, when it was done; as long as it is not, the parts that are done are left to it.
         """
-        if not self.verb.run:
-            return self.plan.runs
         done = {run.folder for run in self.plan.runs if self._is_done(run)}
         alone = self.plan.kind == "one"
         wanted = {run.folder for run in self.plan.whole if alone or run.folder not in done}
@@ -210,8 +210,9 @@ class Performance:
         waited: set[Path] = set()
         listed = queue() if self.plan.many else None  # before it is asked what is done: in between a job may end
         wanted = self._wanted()
-        for run in self.plan.runs:
-            if run not in wanted and not run.part:
+        folders = {run.folder for run in wanted}
+        for run in self.plan.whole:
+            if run.folder not in folders:
                 self._say(f"{run.name}: done before")
         for group in _groups(wanted):
             needs = group[0].needs

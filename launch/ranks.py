@@ -29,7 +29,7 @@ class RankFailed(Exception):
     """One of several processes failed; ``trace`` is its traceback, empty for a mistake of the user's."""
 
     def __init__(self, rank: int, size: int, text: str, trace: str = "") -> None:
-        super().__init__(f"rank {rank} of {size}: {text}")
+        super().__init__(f"rank {rank} of {size}: {text}" if size > 1 else text)
         self.rank, self.trace = rank, trace
 
 

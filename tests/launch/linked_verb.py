@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from launch.run import Outcome
+from launch.run import Outcome, Stopped
 from launch.settings import Settings as Base
 
 
@@ -20,7 +22,7 @@ class Settings(Base):
     workers: int = 0
     size: int = 0
     numbers: tuple[float, ...] = ()
-    mode: Literal["fine", "not_ok", "mistake", "bug", "interrupt"] = "fine"
+    mode: Literal["fine", "not_ok", "mistake", "bug", "dies", "stopped"] = "fine"
     mend: Path | None = None
     wait_for: Path | None = None
     cut: int = 1
@@ -38,8 +40,10 @@ def main(settings: Settings) -> Outcome:
         raise ValueError("this one fails")
     if mode == "bug":
         raise RuntimeError("this one is broken")
-    if mode == "interrupt":
-        raise KeyboardInterrupt
+    if mode == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "stopped":
+        raise Stopped("stopped by SIGTERM after step 3")
     if settings.start is not None and not (settings.start / "weights").exists():
         raise ValueError(f"{settings.start} has no weights")
     if settings.cut > 1:

@@ -121,7 +121,7 @@ def test_a_chain_goes_link_by_link_and_leaves_what_is_done(capsys: pytest.Captur
     assert [len(starts(f"r/{name}")) for name in "abc"] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(("mode", "code"), [("mistake", 2), ("not_ok", 1), ("interrupt", 130)])
+@pytest.mark.parametrize(("mode", "code"), [("mistake", 2), ("not_ok", 1), ("bug", 1), ("stopped", 130)])
 def test_a_link_that_fails_ends_the_chain_and_the_same_command_goes_on(
     capsys: pytest.CaptureFixture[str], mode: str, code: int
 ) -> None:
@@ -131,18 +131,10 @@ def test_a_link_that_fails_ends_the_chain_and_the_same_command_goes_on(
     assert "the same command goes on there, and leaves what is done" in said.out + said.err
     assert "b" in said.err or "failed: b" in said.out
     assert (state("r/a"), Path("r/c").exists()) == ("done", False)
-    assert state("r/b") == ("stopped" if mode == "interrupt" else "failed")
+    assert state("r/b") == ("stopped" if mode == "stopped" else "failed")
     Path("mended").touch()
     assert main(words) == 0
     assert [len(starts(f"r/{name}")) for name in "abc"] == [1, 2, 1]
-
-
-def test_a_mistake_of_ours_in_a_link_keeps_its_traceback() -> None:
-    with pytest.raises(RuntimeError, match="this one is broken") as caught:
-        main([*CHAIN, "b.mode=bug"])
-    assert caught.value.__notes__ == [
-        "that was b, one of 3 runs; the same command goes on there, and leaves what is done"
-    ]
 
 
 def test_what_was_made_from_a_link_that_is_done_anew_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,14 +152,14 @@ def test_what_was_made_from_a_link_that_is_done_anew_is_refused(capsys: pytest.C
 
 
 def test_a_point_that_fails_does_not_end_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["linked", "folder=r", "mend=mended", "--sweep", "mode=fine,mistake,bug", "--sweep=steps=1,2"]
+    words = ["linked", "folder=r", "mend=mended", "--sweep", "mode=fine,mistake,dies", "--sweep=steps=1,2"]
     assert main(words) == 1
     said = capsys.readouterr()
-    bad = [f"mode={mode},steps={steps}" for mode in ("mistake", "bug") for steps in (1, 2)]
+    bad = [f"mode={mode},steps={steps}" for mode in ("mistake", "dies") for steps in (1, 2)]
     assert f"failed: {', '.join(bad)}; the same command goes on with these alone" in said.out
     assert "next: axial status folder=r\n" in said.out
     assert f"{bad[0]}: this one fails\n" in said.err
-    assert "RuntimeError: this one is broken" in said.err
+    assert f"{bad[2]}: killed by SIGKILL\n" in said.err
     assert [state(f"r/{name}") for name in bad] == ["failed"] * 4
     Path("mended").touch()
     assert main(words) == 0
@@ -175,8 +167,15 @@ def test_a_point_that_fails_does_not_end_the_others(capsys: pytest.CaptureFixtur
     assert len(starts("r/mode=fine,steps=1")) == 1
 
 
-def test_a_sweep_is_ended_by_ctrl_c() -> None:
-    assert main(["linked", "folder=r", "--sweep", "mode=interrupt,fine"]) == 130
+def test_a_mistake_of_ours_shows_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["linked", "folder=r", "--sweep", "mode=bug,fine"]) == 1
+    err = capsys.readouterr().err
+    assert "in main\n    raise RuntimeError" in err
+    assert "mode=bug: RuntimeError: this one is broken\n" in err
+
+
+def test_a_sweep_that_is_told_to_stop_stops() -> None:
+    assert main(["linked", "folder=r", "--sweep", "mode=stopped,fine"]) == 130
     assert not Path("r/mode=fine").exists()
 
 
