@@ -155,8 +155,10 @@ class Performance:
 
     def _is_done(self, run: Run) -> bool:
         """Has it been done, as it is asked for now? More steps are to be done, on another device they were."""
-        if (read_json(run.folder / "outcome.json") or {}).get("state") != "done":
-            return False
+        return (read_json(run.folder / "outcome.json") or {}).get("state") == "done" and self._is_asked(run)
+
+    def _is_asked(self, run: Run) -> bool:
+        """Does its folder hold the settings asked for now, but for those that change nothing of what is made?"""
         try:
             old: Any = load(resolve(self.verb.settings), run.folder / "settings.yaml")
         except SettingsError:
@@ -243,12 +245,15 @@ class Performance:
         found = held(job, listed)  # a run that is asked for alone is refused by its folder
         if job is None or found is None:
             return True
+        remedy = f"end that first (axial cancel folder={run.folder})"
+        if not self._is_asked(run):
+            raise RunError(f"{run.folder} is at work as job {job.id} with other settings; put them back, or {remedy}")
         if not fresh.intersection(run.needs):
             self._say(f"{run.name}: still at work as job {job.id}")
             jobs[run.folder] = job
             return False
         if not found.waits:
-            raise RunError(f"{run.folder} is at work as job {job.id}, on what is yet to be made; cancel that job first")
+            raise RunError(f"{run.folder} is at work as job {job.id}, on what is yet to be made; {remedy}")
         _withdraw(job)
         return True
 

@@ -207,6 +207,8 @@ def test_links_are_jobs_that_wait_for_one_another(cluster: Cluster, capsys: pyte
     out = capsys.readouterr().out
     assert "a: done before\nb: still at work as job 2\nc: still at work as job 3\n" in out
     assert len(cluster.sent) == 3
+    assert main([*words, "c.size=3"]) == 2
+    assert "r/c is at work as job 3 with other settings; put them back, or end" in capsys.readouterr().err
     cluster.end("r/b")
     Path("mended").touch()
     assert main(words) == 0  # c's job waits for one that has failed, and would for ever
