@@ -15,6 +15,7 @@ from launch.plan import Plan, UsageError, beside, chain, one, parted, sweep
 from launch.ranks import RankFailed
 from launch.run import Outcome
 from launch.settings import describe, dump
+from launch.submission import scripts, submit
 from launch.verbs import VERBS, Verb
 
 __all__ = ["UsageError", "main"]
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_dry(work, executor))
             return 0
         if isinstance(executor, Slurm) and not verb.crew:
-            return _end(work.submit(executor))
+            return _end(submit(work, executor))
         if isinstance(executor, Here) and plan.many:
             executor = Processes(processes=1)  # so that nothing of a run stays with the next, nor ends it
         target = resolve(verb.main)
@@ -223,7 +224,7 @@ def _dry(work: Performance, executor: Executor) -> str:
         told += [f"# {len(plan.runs)} runs in {plan.folder}:", *(f"#   {run.name}" for run in plan.runs)]
     if isinstance(executor, Slurm):
         told += ["# the cluster file", dump(executor).rstrip("\n")]
-        told += [] if work.verb.crew else [f"# sbatch is given\n{script}" for script in work.scripts(executor)]
+        told += [] if work.verb.crew else [f"# sbatch is given\n{script}" for script in scripts(work, executor)]
     return "\n".join(told)
 
 

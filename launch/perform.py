@@ -1,31 +1,25 @@
-"""The runs of a plan one after the other, or as jobs that wait for one another; what is done or at work is left."""
+"""The runs of a plan: which are yet to be done, one after the other, and what came of them."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.call import Call, resolve
-from launch.jobs import Job, Queued, held, last_job, queue
+from launch.call import resolve
 from launch.plan import Plan, Run
 from launch.ranks import RankFailed
 from launch.run import OWN, USER_ERRORS, Outcome, RunError, Stopped, close_run, command, open_run, read_json, say
 from launch.settings import SettingsError, load
-from launch.slurm import Slurm
 from launch.verbs import FREE, Verb
 
 __all__ = ["Performance", "judged", "rank_zero"]
-
-GONE_S = 60.0  # a cancelled job leaves the queue within seconds
 
 
 def rank_zero() -> bool:
@@ -65,17 +59,17 @@ class Performance:
 
         Raises RunError for a folder that cannot be used; in a sweep only that point is left out.
         """
-        self._check_chain()
-        wanted = {run.folder for run in self._wanted()} if self.plan.many else set()
+        self.check_chain()
+        wanted = {run.folder for run in self.wanted()} if self.plan.many else set()
         for number, run in enumerate(self.plan.runs, 1):
             if self.failed and self.plan.kind == "chain":
                 return
             if self.plan.many and run.folder not in wanted:
-                self._say(f"{run.name}: done before")
+                self.say_it(f"{run.name}: done before")
                 continue
             if self.plan.many:
-                self._say(f"{run.name}: {number} of {len(self.plan.runs)}, in {run.folder}")
-            if self._opened(run):
+                self.say_it(f"{run.name}: {number} of {len(self.plan.runs)}, in {run.folder}")
+            if self.opened(run):
                 yield run
 
     @contextmanager
@@ -106,9 +100,9 @@ class Performance:
         if kind == "one":
             return self.outcomes[-1] if self.outcomes else Outcome(ok=not self.failed)
         if self.failed:
-            self._say(f"failed: {', '.join(self.failed)}; {self._how}")
+            self.say_it(f"failed: {', '.join(self.failed)}; {self._how}")
         elif not self.outcomes:
-            self._say(f"all {len(runs)} runs in {self.plan.folder} are done")
+            self.say_it(f"all {len(runs)} runs in {self.plan.folder} are done")
         looked = command("status", f"folder={self.plan.folder}")
         last = self.outcomes[-1].next if kind == "chain" and self.outcomes and not self.failed else ()
         made = tuple(line for outcome in self.outcomes for line in outcome.made)
@@ -134,13 +128,14 @@ class Performance:
         self.failed.append(run.name)
         return True
 
-    def _say(self, text: str) -> None:
+    def say_it(self, text: str) -> None:
+        """A line for the user; only the first rank speaks."""
         if rank_zero():
             print(text, flush=True)
 
     # ------------------------------------------------------------------------------------------ what is to be done
 
-    def _wanted(self) -> tuple[Run, ...]:
+    def wanted(self) -> tuple[Run, ...]:
         """Those not done yet. A run that is asked for alone is begun again: it finds out itself what is missing.
 
         Its parts are, too, when it was done; as long as it is not, the parts that are done are left to it.
@@ -155,9 +150,9 @@ class Performance:
 
     def _is_done(self, run: Run) -> bool:
         """Has it been done, as it is asked for now? More steps are to be done, on another device they were."""
-        return (read_json(run.folder / "outcome.json") or {}).get("state") == "done" and self._is_asked(run)
+        return (read_json(run.folder / "outcome.json") or {}).get("state") == "done" and self.is_asked(run)
 
-    def _is_asked(self, run: Run) -> bool:
+    def is_asked(self, run: Run) -> bool:
         """Does its folder hold the settings asked for now, but for those that change nothing of what is made?"""
         try:
             old: Any = load(resolve(self.verb.settings), run.folder / "settings.yaml")
@@ -167,7 +162,7 @@ class Performance:
         before, asked = (_without(one.model_dump(mode="json"), free) for one in (old, run.settings))
         return bool(before == asked)
 
-    def _check_chain(self) -> None:
+    def check_chain(self) -> None:
         """Refuse a link that holds what it made of a run which is now done again. Raises RunError."""
         known = {run.folder: run for run in self.plan.runs}
         for run in self.plan.runs if self.plan.kind == "chain" else ():
@@ -180,12 +175,13 @@ class Performance:
                     )
                 ended = datetime.fromisoformat((read_json(before.folder / "outcome.json") or {})["at"])
                 if begun is not None and begun < ended.timestamp() - 1:  # it is noted to the second
-                    self._say(
+                    self.say_it(
                         f"warning: {run.folder} was begun before {before.name} was last done; if its weights have "
                         f"changed since, move {run.folder} away and call again"
                     )
 
-    def _opened(self, run: Run) -> bool:
+    def opened(self, run: Run) -> bool:
+        """Make the folder this run's, with this start; False where it cannot be, and other runs go on without it."""
         if not self.verb.run or not rank_zero():
             return True
         free = FREE + self.verb.grows if getattr(run.settings, "extend", False) else FREE
@@ -197,115 +193,6 @@ class Performance:
                 raise
             return False
         return True
-
-    # --------------------------------------------------------------------------------------------------------- jobs
-
-    def submit(self, cluster: Slurm) -> Outcome:
-        """Every run to be done as a job, those that wait for the same as one array. Raises RunError.
-
-        With ``wait: true`` in the cluster file it stays until the last of them has ended.
-        """
-        cluster.check()
-        self._check_chain()
-        jobs: dict[Path, Job] = {}
-        fresh: set[Path] = set()
-        waited: set[Path] = set()
-        listed = queue() if self.plan.many else None  # before it is asked what is done: in between a job may end
-        wanted = self._wanted()
-        folders = {run.folder for run in wanted}
-        for run in self.plan.whole:
-            if run.folder not in folders:
-                self._say(f"{run.name}: done before")
-        for group in _groups(wanted):
-            needs = group[0].needs
-            if cluster.cluster != "slurm":  # where jobs cannot wait for one another
-                waited |= self._wait(cluster, [run for run in wanted if run.folder in needs], jobs)
-            if any(run.name in self.failed for run in wanted if run.folder in needs):
-                continue
-            opened = [run for run in group if self._is_free(run, jobs, fresh, listed) and self._opened(run)]
-            if not opened:
-                continue
-            jobs |= self._send(cluster, opened, [jobs[folder].id for folder in needs if folder in jobs])
-            fresh |= {run.folder for run in opened}
-        new = _groups([run for run in wanted if run.folder in fresh])
-        sent = [line for group in new for line in _told(group, jobs)]
-        if jobs and cluster.detached:
-            looked = command("status", f"folder={self.plan.folder}")
-            return Outcome(tuple(sent), (looked,), not self.failed)
-        for line in sent if self.plan.many else ():
-            self._say(line)
-        self._wait(cluster, [run for run in wanted if run.folder not in waited], jobs)
-        return self.ended()
-
-    def _is_free(
-        self, run: Run, jobs: dict[Path, Job], fresh: set[Path], listed: Mapping[tuple[str, str], Queued] | None
-    ) -> bool:
-        """Is it to be submitted? Its job may still be in the queue, and is left unless it waits for one that failed."""
-        job = last_job(run.folder)
-        found = held(job, listed)  # a run that is asked for alone is refused by its folder
-        if job is None or found is None:
-            return True
-        remedy = f"end that first (axial cancel folder={run.folder})"
-        if not self._is_asked(run):
-            raise RunError(f"{run.folder} is at work as job {job.id} with other settings; put them back, or {remedy}")
-        if not fresh.intersection(run.needs):
-            self._say(f"{run.name}: still at work as job {job.id}")
-            jobs[run.folder] = job
-            return False
-        if not found.waits:
-            raise RunError(f"{run.folder} is at work as job {job.id}, on what is yet to be made; {remedy}")
-        _withdraw(job)
-        return True
-
-    def _send(self, cluster: Slurm, runs: Sequence[Run], after: Sequence[str]) -> dict[Path, Job]:
-        calls = [Call(self.verb.main, self.verb.settings, run.folder) for run in runs]
-        around = runs[0].folder if len(runs) == 1 else self.plan.folder
-        try:
-            jobs = cluster.submit(calls, around / "jobs", around.resolve().name, after)
-        except BaseException as error:
-            for run in runs:
-                close_run(run.folder, "failed", error=judged(error)[0])
-            raise
-        return {run.folder: job for run, job in zip(runs, jobs, strict=True)}
-
-    def _wait(self, cluster: Slurm, runs: Sequence[Run], jobs: Mapping[Path, Job]) -> set[Path]:
-        """Until the jobs of these runs have ended; the folders of those that had one."""
-        waited = [run for run in runs if run.folder in jobs]
-        for run in waited:
-            with self.noted(run, job=True):
-                self.outcomes.append(cluster.wait_for(run.folder, jobs[run.folder]))
-        return {run.folder for run in waited}
-
-    def scripts(self, cluster: Slurm) -> Iterator[str]:
-        """What sbatch would be given for each of the jobs."""
-        for group in _groups(self.plan.runs):
-            around = group[0].folder if len(group) == 1 else self.plan.folder
-            after = [f"JOB_OF_{folder.name}" for folder in group[0].needs]
-            yield cluster.script(around.resolve().name, len(group), around / "jobs", after)
-
-
-def _withdraw(job: Job) -> None:
-    """Cancel a job that waits, and wait until the queue no longer holds it."""
-    subprocess.run(["scancel", job.id], capture_output=True, check=False)
-    end = time.monotonic() + GONE_S
-    while held(job, queue()) is not None and time.monotonic() < end:
-        time.sleep(0.5)
-
-
-def _groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that wait for the same, together."""
-    found: dict[tuple[Path, ...], list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.needs, []).append(run)
-    return list(found.values())
-
-
-def _told(runs: Sequence[Run], jobs: Mapping[Path, Job]) -> list[str]:
-    first, last = jobs[runs[0].folder], jobs[runs[-1].folder]
-    if len(runs) > 1:
-        return [f"jobs {first.id} to {last.id}, {runs[0].name} to {runs[-1].name}, their output in {first.output}"]
-    name = f" for {runs[0].name}" if runs[0].name else ""
-    return [f"job {first.id}{name}, its output in {first.log()}"]
 
 
 def _oldest(folder: Path) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch import perform, run
+from launch import run, submission
 from launch.call import Call
 from launch.cli import main
 from launch.jobs import Job, Queued, note_job
@@ -88,9 +88,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cluster:
 
     monkeypatch.setattr(Slurm, "check", lambda self: None)
     monkeypatch.setattr(Slurm, "submit", lambda self, *given: made.submit(self, *given))
-    for module in (perform, run):
+    for module in (submission, run):
         monkeypatch.setattr(module, "queue", lambda: made.queue)
-    monkeypatch.setattr(perform, "_withdraw", withdraw)
+    monkeypatch.setattr(submission, "_withdraw", withdraw)
     return made
 
 
