@@ -158,5 +158,5 @@ def test_who_waits_is_told_the_end(tmp_path: Path, program: Program) -> None:
 
 def test_a_wrong_cluster_setting_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("kind: slurm\nnodes: 0\nrestart: 3\nhours: soon\n")
-    with pytest.raises(SettingsError, match=r"(?s)3 wrong.*nodes.*c.yaml:2.*restart: .*did you mean 'restarts'.*hours"):
+    with pytest.raises(SettingsError, match=r"(?s)3 wrong.*nodes.*c.yaml:2.*hours.*restart: .*did you mean 'restarts'"):
         load(Slurm, tmp_path / "c.yaml")
