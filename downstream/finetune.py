@@ -22,7 +22,7 @@ from launch.distributed import WAIT_S, World, barrier, from_first, world
 from launch.run import Outcome, command
 from pretrain.checkpoint import checkpoint_bytes
 
-__all__ = ["OptimSettings", "Settings", "dry_run", "main"]
+__all__ = ["OptimSettings", "Settings", "dry_run", "main", "parts"]
 
 
 def main(settings: Settings) -> Outcome:
@@ -64,6 +64,20 @@ def _folds(settings: Settings) -> list[Settings]:
             settings.model_copy(update={"cache": cache, "split": part, "folder": settings.folder / f"fold_{fold}"})
         )
     return found
+
+
+def parts(settings: Settings, most: int) -> list[Settings]:
+    """With `split.fold=all` the run of each fold, which may be done elsewhere and at one time; `main` finds them done.
+
+    As many as there are folds, whatever `most` says. CaseError where the cases cannot be cut so.
+    """
+    if settings.split.fold != "all":
+        return []
+    dataset = open_dataset(settings.dataset)
+    runs = _folds(settings)
+    for fold in runs:
+        _cut(fold, dataset)
+    return runs
 
 
 def _one(settings: Settings, dataset: Dataset, cases: Mapping[str, Prepared], here: World) -> Table | None:

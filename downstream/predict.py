@@ -32,15 +32,16 @@ from downstream.inference import Window
 from downstream.naming import Refused, cases, ending, is_data_set
 from downstream.notes import FILE as NOTES
 from downstream.notes import add_notes, gathered_notes
+from downstream.predict_parts import Part, as_known, parts_of, share_of, shares, whole_of
 from downstream.predicting import predict_image
 from downstream.record import FILE as RECORD
-from downstream.record import entry_of, read_record, write_record
+from downstream.record import Entry, entry_of, read_record, write_record
 from launch import settings as base
 from launch.distributed import WAIT_S, World, barrier, from_first, world
 from launch.progress import progress
 from launch.run import USER_ERRORS, Outcome, command, write_text
 
-__all__ = ["Settings", "main"]
+__all__ = ["Settings", "main", "parts"]
 
 _SHOWN = 20  # notes printed; all are in the file
 
@@ -62,6 +63,11 @@ class Settings(base.Settings):
     )
     probabilities: bool = Field(False, description="also CASE.npz with probabilities [heads, k, j, i], as nnU-Net")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    share: str | None = Field(
+        None,
+        pattern=r"^\d+/[1-9]\d*$",
+        description="i/n: one of n parts, in FOLDER/parts/i; set by a command that cuts itself into them (array.parts)",
+    )
 
     @model_validator(mode="after")
     def _apart(self) -> Settings:
@@ -90,6 +96,12 @@ def main(settings: Settings) -> Outcome:
     return _ended(settings, ensemble, work.images, refused)
 
 
+def parts(settings: Settings, most: int) -> list[Settings]:
+    """The same in parts, `most` at most: each a run of its own; empty where there is nothing to be cut."""
+    cut = shares(settings.folder, settings.images, most) if settings.share is None else {}
+    return [settings.model_copy(update={"folder": folder, "share": share}) for share, folder in cut.items()]
+
+
 @dataclass(frozen=True)
 class _Work:
     """All images by name, what is none with its reason, and the names whose label map is still to be made."""
@@ -103,16 +115,23 @@ def _work(settings: Settings, ensemble: Ensemble) -> _Work:
     """Lists the images and makes the folder ready. A label map that is there afterwards is of the image as it is now:
     one of an image that was changed is taken away, and only then the record says what the image is like."""
     folder, channels = settings.folder, [channel.name for channel in ensemble.headers[0].channels]
-    record = read_record(folder)
-    known = {entry.identity: name for name, entry in record.items()}
-    images, refused = cases(settings.images, channels, folder, known)
+    whole, record = whole_of(folder, settings.share), read_record(folder)
+    others = parts_of(folder, ensemble.digest) if settings.share is None else []
+    before = read_record(whole)
+    known = as_known([before, record, *(part.record for part in others)])
+    images, refused = cases(settings.images, channels, whole, known)
     if not images and not refused:
         raise CaseError(f"{settings.images}: no image; {', '.join(KINDS)} and DICOM are read")
+    now = {name: entry_of(founds, settings.images) for name, founds in images.items()}
+    if settings.share is not None:
+        at_whole = settings.model_copy(update={"folder": whole})
+        open_ = [name for name in images if before.get(name) != now[name] or not _is_done(at_whole, name, images[name])]
+        images = {name: images[name] for name in share_of(settings.share, open_)}
+        now, refused = {name: now[name] for name in images}, []  # what is no image is told by the whole
     folder.mkdir(parents=True, exist_ok=True)
     _same_model(folder, ensemble)
     _clear(folder)
     gathered_notes(folder)
-    now = {name: entry_of(founds, settings.images) for name, founds in images.items()}
     changed = {name: _made(settings, name, founds) for name, founds in images.items() if record.get(name) != now[name]}
     strange = [path for name, made in changed.items() if name not in record for path in made]
     if strange:
@@ -124,7 +143,19 @@ def _work(settings: Settings, ensemble: Ensemble) -> _Work:
         path.unlink()
     write_record(folder, record | now)
     todo = [name for name, founds in images.items() if not _is_done(settings, name, founds)]
-    return _Work(images, refused, todo)
+    taken = {name for name in todo if any(_taken(part, settings, name, images[name], now[name]) for part in others)}
+    return _Work(images, refused, [name for name in todo if name not in taken])
+
+
+def _taken(part: Part, settings: Settings, name: str, found: tuple[Found, ...], entry: Entry) -> bool:
+    """Takes up what a part has made of an image; is the image done with it?"""
+    called = part.name_of(entry)
+    endings = [path.name.removeprefix(name) for path in _paths(settings, name, found)]
+    endings += [".npz"] if settings.probabilities else []
+    if called is None or not part.give(called, settings.folder, name, endings):
+        return False
+    add_notes(settings.folder, 0, name, [note] if (note := part.notes.get(called)) else [])
+    return _is_done(settings, name, found)
 
 
 def _made(settings: Settings, name: str, found: tuple[Found, ...]) -> list[Path]:
@@ -156,6 +187,8 @@ def _ended(
         print(f"{RECORD} names {len(gone)} case(s) of images that are no longer there: {', '.join(gone[:10])}{more}")
     scores = f"folder={settings.folder}_scores"
     following = (command("evaluate", f"predictions={settings.folder}", "labels=LABELS", scores),)
+    if settings.share is not None:  # the whole brings it together, and says of what there is none
+        return Outcome(made=(str(settings.folder),))
     return Outcome(made=(str(settings.folder),), next=following if endings else (), ok=bool(made))
 
 

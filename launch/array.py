@@ -24,11 +24,12 @@ from launch.crew import Each, Lost, Workers, workers_for
 from launch.element import Element, Record, read_records
 from launch.run import RunError
 from launch.slurm import Slurm, as_outside_a_job
+from launch.tally import Tally
 
 if TYPE_CHECKING:
     import submitit
 
-__all__ = ["Array"]
+__all__ = ["Array", "array_jobs"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,9 +62,9 @@ class Array:
         self.slurm.check()
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{PREFIX}*"):
-            with suppress(OSError):
-                self._cancel((left / JOBS).read_text().split())
+            self._cancel(_ids(left))
             shutil.rmtree(left, ignore_errors=True)
+        Tally().over(self.folder)
         yield self._each
         with suppress(OSError):
             self.folder.rmdir()
@@ -80,14 +81,18 @@ class Array:
         folder = self.folder / f"{PREFIX}{uuid4().hex[:12]}"
         folder.mkdir(mode=0o700)
         run = _Run(self, folder, function, tasks, [name(task) for task in tasks])
+        told = Tally(_called(function), len(tasks))
         try:
             run.submit(range(len(tasks)))
             while run.out:
                 found = run.look()
+                lost = told.lost + sum(isinstance(result, Lost) for _, result in found)
+                told = told.now(self.folder, len(tasks) - len(run.left), lost, len(run.out))
                 yield from ((tasks[number], result) for number, result in found)
                 if not found and run.out:
                     time.sleep(self.poll_s)
         finally:
+            told.over(self.folder)
             self._end([element.job for element in run.out])
         if not run.lost:  # else the output of the jobs is there to be read
             shutil.rmtree(folder, ignore_errors=True)
@@ -110,12 +115,35 @@ class Array:
     @property
     def name(self) -> str:
         """What the jobs are called in the queue."""
-        return f"axial-{self.folder.parent.name}"
+        return _named(self.folder.parent)
 
     def parallel(self) -> int:
         """How many jobs may run at a time."""
         local = max(1, workers_for(0) // self.slurm.cpus_per_process) if self.slurm.cluster == "local" else None
         return self.slurm.array.parallel or local or self.slurm.array.elements
+
+
+def array_jobs(folder: Path) -> tuple[str, list[str]]:
+    """What the arrays are called in the queue that a command left, or has at work, for a run folder; and their ids."""
+    ids = [job for left in sorted((folder / "jobs").glob(f"{PREFIX}*")) for job in _ids(left)]
+    return _named(folder.resolve()), ids
+
+
+def _named(run: Path) -> str:
+    return f"axial-{run.name}"
+
+
+def _ids(folder: Path) -> list[str]:
+    try:
+        return (folder / JOBS).read_text().split()
+    except OSError:
+        return []
+
+
+def _called(function: Callable[..., Any]) -> str:
+    """What the tasks do: ``write shard``."""
+    function = getattr(function, "func", function)
+    return str(getattr(function, "__name__", type(function).__name__)).strip("_").replace("_", " ")
 
 
 @dataclass(eq=False)

@@ -1,28 +1,28 @@
-"""``axial VERB [CONFIG.yaml] [key=value ...] [--on CLUSTER.yaml] [--dry-run]``: from the shell to one function call."""
+"""``axial VERB [CONFIG.yaml ...] [key=value ...] [--on CLUSTER.yaml]``: from the shell to one function call."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from launch.call import Call, resolve
 from launch.documents import near
 from launch.executors import Executor, Here, Processes, Slurm, crew_of, load_cluster
+from launch.perform import Performance, judged, rank_zero
+from launch.plan import Plan, UsageError, beside, chain, one, parted, sweep
 from launch.ranks import RankFailed
-from launch.run import USER_ERRORS, Outcome, Stopped, close_run, open_run, say
-from launch.settings import Settings, describe, dump, find, load
-from launch.verbs import FREE, VERBS, Verb
+from launch.run import Outcome
+from launch.settings import describe, dump
+from launch.verbs import VERBS, Verb
 
 __all__ = ["UsageError", "main"]
 
 
 OPTIONS = {
-    "--on": "cluster file: run elsewhere (packaged: here, two_processes, slurm_example, slurm_array .yaml)",
+    "--on": "cluster file: run elsewhere, such as slurm_one_gpu.yaml; launch/CLUSTERS.md shows which for what",
+    "--sweep": "key=a,b: a run for each value, in a folder of its own; several: for each combination",
     "--extend": "curate: add data sets to a finished corpus; its own shards stay as they are",
     "--dry-run": "show the settings in force and what would be done; do nothing",
     "--debug": "show the traceback of a mistake",
@@ -31,17 +31,14 @@ OPTIONS = {
 }
 
 
-class UsageError(ValueError):
-    """The words of the command line make no command."""
-
-
 @dataclass(frozen=True)
 class Command:
     """The command line taken apart; nothing is loaded yet."""
 
     verb: str = ""
-    config: str | None = None
+    configs: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
+    swept: tuple[str, ...] = ()
     cluster: str | None = None
     flags: frozenset[str] = frozenset()
 
@@ -49,7 +46,7 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 1 not ok, 2 a mistake of the user's, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
-    what, folder = "axial", None
+    what = "axial"
     try:
         command = _parse(words)
         what = f"axial {command.verb}".rstrip()
@@ -57,71 +54,89 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(text)
             return 0 if command.flags else 2
         verb = VERBS[command.verb]
-        settings: Any = load(
-            resolve(verb.settings), find(command.config) if command.config else None, command.overrides
-        )
         executor = _executor(command, verb)
+        plan = _plan(command, verb, executor)
+        work = Performance(plan, verb, ["axial", *words])
         if "--dry-run" in command.flags:
-            print(_dry(settings, verb))
+            print(_dry(work, executor))
             return 0
         target = resolve(verb.main)
-        if verb.run and _rank_zero():
-            free = FREE + verb.grows if getattr(settings, "extend", False) else FREE
-            remedy = "add --extend, " if verb.grows and free is FREE else ""
-            folder = open_run(settings.folder, settings, ["axial", *words], free, remedy)
-        detached = False
-        if isinstance(executor, Here):
-            outcome = target(settings)
-        elif verb.crew:
-            outcome = target(settings, crew_of(executor, settings.folder))
-        else:
-            outcome = executor.run(Call(verb.main, verb.settings, settings.folder))
-            detached = isinstance(executor, Slurm) and executor.detached
-        if folder is not None and not detached:
-            close_run(folder, "done" if outcome.ok else "failed", outcome)
-        return _end(outcome)
+        if isinstance(executor, Slurm) and not verb.crew:
+            return _end(work.submit(executor))
+        for run in work.todo():
+            with work.noted(run):
+                if isinstance(executor, Here):
+                    outcome = target(run.settings)
+                elif verb.crew:
+                    outcome = target(run.settings, crew_of(executor, run.folder))
+                else:
+                    outcome = executor.run(Call(verb.main, verb.settings, run.folder))
+                work.outcomes.append(outcome)
+        return _end(work.ended())
     except BaseException as error:
-        code = _failed(what, error, folder)
+        code = _failed(what, error)
         if code is None or "--debug" in words:
             raise
         return code
 
 
 def _parse(words: Sequence[str]) -> Command:
-    verb, config, cluster = "", None, None
+    verb = ""
+    configs: list[str] = []
     overrides: list[str] = []
     flags: set[str] = set()
+    given: dict[str, list[str]] = {"--on": [], "--sweep": []}
     rest = iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
         if word in ("-h", "--help"):
             flags.add("--help")
-        elif word in OPTIONS and word != "--on":
+        elif name in given:
+            given[name].append(value if equals else next(rest, ""))
+            if not given[name][-1]:
+                raise UsageError(f"{name} needs {'the path of a cluster file' if name == '--on' else 'key=a,b'}")
+        elif word in OPTIONS:
             flags.add(word)
-        elif name == "--on":
-            cluster = value if equals else next(rest, "")
-            if not cluster:
-                raise UsageError("--on needs the path of a cluster file")
         elif word.startswith("-"):
             raise UsageError(f"no such option {name}{near(name, OPTIONS)} (there are: {', '.join(OPTIONS)})")
         elif not verb:
             verb = word
-        elif equals and not os.path.isfile(word):
+        elif equals and not _is_path(word, VERBS.get(verb)):
             overrides.append(word)
-        elif config is None:
-            config = word
         else:
-            raise UsageError(f"one CONFIG is expected, got {config} and {word}; settings are written key=value")
+            configs.append(word)
     if verb and verb not in VERBS:
         raise UsageError(f"no such verb {verb!r}{near(verb, VERBS)} (there are: {', '.join(VERBS)})")
-    if verb and VERBS[verb].word and config is not None and not _is_file(config):
-        overrides.insert(0, f"{VERBS[verb].word}={config}")
-        config = None
+    if verb and VERBS[verb].word and len(configs) == 1 and not _is_file(configs[0]):
+        overrides.insert(0, f"{VERBS[verb].word}={configs.pop()}")
     if "--extend" in flags and verb:
         if not VERBS[verb].grows:
             raise UsageError(f"{verb} has nothing to extend; --extend is for curate")
         overrides.append("extend=true")
-    return Command(verb, config, tuple(overrides), cluster, frozenset(flags))
+    _check_several(verb, configs, given["--sweep"])
+    cluster = given["--on"][-1] if given["--on"] else None
+    return Command(verb, tuple(configs), tuple(overrides), tuple(given["--sweep"]), cluster, frozenset(flags))
+
+
+def _check_several(verb: str, configs: Sequence[str], swept: Sequence[str]) -> None:
+    """Refuse several runs of a verb that has none, and a chain that is swept."""
+    if len(configs) > 1 and (not verb or beside(VERBS[verb], "follow") is None):
+        several = " and ".join(configs)
+        raise UsageError(
+            f"one CONFIG is expected, got {several}; settings are written key=value (pretrain takes several: a chain)"
+        )
+    if not swept or not verb:
+        return
+    if not VERBS[verb].run or VERBS[verb].crew:
+        runs = ", ".join(name for name, other in VERBS.items() if other.run and not other.crew)
+        raise UsageError(f"{verb} has no runs to sweep; --sweep is for {runs}")
+    if len(configs) > 1:
+        raise UsageError("a chain is not swept; sweep one of its links, or write a command for each value")
+
+
+def _is_path(word: str, verb: Verb | None) -> bool:
+    """Of a word with "=" in it: is it all the same a settings file, or such a folder as a sweep makes?"""
+    return os.path.isfile(word) or (verb is not None and verb.word == "folder" and os.path.isdir(word))
 
 
 def _is_file(word: str) -> bool:
@@ -143,7 +158,7 @@ def _told(command: Command) -> str | None:
 
 
 def _help() -> str:
-    lines = ["axial VERB [CONFIG.yaml] [key=value ...] [--on CLUSTER.yaml] [--dry-run]", ""]
+    lines = ["axial VERB [CONFIG.yaml ...] [key=value ...] [--on CLUSTER.yaml] [--sweep key=a,b] [--dry-run]", ""]
     lines += [f"  {name:<10}{verb.meaning}" for name, verb in VERBS.items()]
     return "\n".join([*lines, "", *(f"  {name:<10} {meaning}" for name, meaning in OPTIONS.items())])
 
@@ -179,45 +194,58 @@ def _executor(command: Command, verb: Verb) -> Executor:
     return executor
 
 
-def _dry(settings: Settings, verb: Verb) -> str:
-    """The settings in force, and what the verb says it would do with them where it can say so."""
-    dry_run = getattr(importlib.import_module(verb.main.partition(":")[0]), "dry_run", None)
-    return dump(settings) + (f"\n{dry_run(settings)}" if dry_run is not None else "")
+def _plan(command: Command, verb: Verb, executor: Executor) -> Plan:
+    """The runs that are asked for, their settings checked."""
+    config = command.configs[0] if command.configs else None
+    if len(command.configs) > 1:
+        plan = chain(verb, command.configs, command.overrides)
+    elif command.swept:
+        plan = sweep(verb, config, command.overrides, command.swept)
+    else:
+        plan = one(verb, config, command.overrides)
+    if isinstance(executor, Slurm) and executor.cluster != "debug" and not verb.crew:
+        plan = parted(plan, verb, executor.array.parts)
+    if plan.many and "RANK" in os.environ:
+        raise UsageError("torchrun starts one run; for several by one command take --on with kind: processes")
+    return plan
 
 
-def _rank_zero() -> bool:
-    """Under torchrun every rank comes through here, the first one speaks and writes; asked before torch is there."""
-    return os.environ.get("RANK", "0") == "0"
+def _dry(work: Performance, executor: Executor) -> str:
+    """The settings in force, what the verb says it would do with them where it can, and what sbatch would be given.
+
+    Of a sweep the first point stands for all: the others differ in what their folders are called by.
+    """
+    plan, dry_run = work.plan, beside(work.verb, "dry_run")
+    told: list[str] = []
+    for run in plan.whole[:1] if plan.kind == "sweep" else plan.whole:
+        told += [f"# {run.name}"] if plan.many else []
+        told.append(dump(run.settings).rstrip("\n"))
+        if dry_run is not None:
+            told.append(dry_run(run.settings, run.needs) if plan.kind == "chain" else dry_run(run.settings))
+    if plan.kind == "sweep" or any(run.part for run in plan.runs):
+        told += [f"# {len(plan.runs)} runs in {plan.folder}:", *(f"#   {run.name}" for run in plan.runs)]
+    if isinstance(executor, Slurm):
+        told += ["# the cluster file", dump(executor).rstrip("\n")]
+        told += [] if work.verb.crew else [f"# sbatch is given\n{script}" for script in work.scripts(executor)]
+    return "\n".join(told)
 
 
 def _end(outcome: Outcome) -> int:
-    if _rank_zero():
+    if rank_zero():
         for label, lines in (("made", outcome.made), ("next", outcome.next)):
             for line in lines:
                 print(f"{label}: {line}")
     return 0 if outcome.ok else 1
 
 
-def _failed(what: str, error: BaseException, folder: Path | None) -> int | None:
-    """Say and note what went wrong; the exit code, or None for an error of ours, whose traceback must be seen."""
-    text, code = say(error), None
+def _failed(what: str, error: BaseException) -> int | None:
+    """Say what went wrong; the exit code, or None for an error of ours, whose traceback must be seen."""
+    text, code = judged(error)
     if isinstance(error, BrokenPipeError):
         # `axial ... | head`: nobody listens any more, also not to the flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        text, code = "nobody reads the output any more", 141
-    elif isinstance(error, KeyboardInterrupt):
-        text, code = "interrupted; the same command goes on", 130
-    elif isinstance(error, Stopped):
-        code = 130
-    elif isinstance(error, ModuleNotFoundError):
-        text, code = f"needs the Python package {error.name}, which is not installed", 2
-    elif isinstance(error, RankFailed):
+    if isinstance(error, RankFailed):
         print(error.trace.rstrip(), file=sys.stderr)
-        code = 1 if error.trace else 2
-    elif isinstance(error, USER_ERRORS):
-        code = 2
-    if folder is not None:
-        close_run(folder, "stopped" if code in (130, 141) else "failed", error=text)
     if code is not None:
-        print(f"{what}: {text}", file=sys.stderr)
+        print("\n".join([f"{what}: {text}", *getattr(error, "__notes__", ())]), file=sys.stderr)
     return code

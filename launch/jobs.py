@@ -11,12 +11,39 @@ import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 __all__ = ["Job", "Queued", "held", "last_job", "note_job", "queue"]
 
 RECORD = "jobs/submitted.jsonl"  # in the run folder, a line a submission
 ASK_S = 60.0  # a busy controller may take long
+# What SLURM's shorter words mean for who waits: the first that the reason begins with.
+_REASONS = {
+    "None": "",
+    "DependencyNeverSatisfied": "for an earlier job that has failed, so for ever; cancel it",
+    "Dependency": "for an earlier job to be done",
+    "Resources": "for machines to become free",
+    "Priority": "behind jobs of higher priority",
+    "BeginTime": "a moment, then starts again",
+    "JobArrayTaskLimit": "for others of its array, of which only so many may run at a time",
+    "JobHeldUser": "because it is held; scontrol release lets it go",
+    "JobHeldAdmin": "because an administrator of the cluster holds it",
+    "QOS": "for a limit of its quality of service",
+    "Assoc": "for a limit of its account",
+    "MaxJobsPerAccount": "for a limit of its account",
+    "PartitionTimeLimit": "for ever: its hours are more than the partition allows; cancel it",
+    "PartitionNodeLimit": "for ever: its nodes are more than the partition allows; cancel it",
+    "PartitionDown": "for its partition, which is down",
+    "ReqNodeNotAvail": "for machines that are down or reserved",
+    "launch failed requeued held": "because its start failed on the machine; scontrol release tries again",
+    "JobHoldMaxRequeue": "because it went back too often; scontrol release tries again",
+}
+_STATES = {
+    "COMPLETING": "its job is ending",
+    "CONFIGURING": "its machines are being made ready",
+    "SUSPENDED": "suspended by the cluster",
+}
 _PENDING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 
 
@@ -37,6 +64,15 @@ class Job:
         """What rank ``rank`` printed (``out``), or wrote to standard error (``err``), over all starts of the job."""
         return Path(self.output) / f"{self.id}_{rank}_log.{kind}"
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Sorts jobs as they were submitted, the elements of an array as they stand in it."""
+        return tuple(int(part) for part in self.id.split("_") if part.isdecimal())
+
+    def since(self, at: str) -> bool:
+        """Was it submitted at the time ``at`` or later? Else it is of an earlier start than the one begun then."""
+        return datetime.fromisoformat(self.at) >= datetime.fromisoformat(at)
+
 
 @dataclass(frozen=True)
 class Queued:
@@ -49,6 +85,16 @@ class Queued:
     def waits(self) -> bool:
         """Is it yet to start, or to start again?"""
         return self.state in _PENDING
+
+    @property
+    def why(self) -> str:
+        """For what it waits, or what else it does than run, as a user would say it; empty where there is no more."""
+        if not self.waits:
+            return _STATES.get(self.state, "")
+        said = next((words for word, words in _REASONS.items() if self.reason.startswith(word)), None)
+        if said is None:
+            return f"waits ({self.reason})" if self.reason else ""
+        return f"waits {said} ({self.reason})" if said else ""
 
 
 def note_job(folder: Path, job: Job) -> None:

@@ -10,19 +10,18 @@ import difflib
 import glob
 import json
 import os
-import platform
 import re
 import shlex
 import socket
-import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from launch.documents import parse, write
+from launch.jobs import held, last_job, queue
+from launch.origin import origin
 from launch.settings import Settings, dump
 
 __all__ = [
@@ -39,17 +38,10 @@ __all__ = [
     "open_run",
     "read_json",
     "say",
-    "submitted",
     "write_text",
 ]
 
-PACKAGES = (
-    "axial-ct", "torch", "numpy", "xformers", "webdataset", "SimpleITK", "pyarrow", "imagecodecs", "submitit",
-    "pydantic", "monai", "safetensors",
-)  # fmt: skip
-
-
-OWN = ("settings.yaml", "run.json", "outcome.json")
+OWN = ("settings.yaml", "run.json", "outcome.json", "attempts.jsonl")
 # What a user can cause; the command says these in one line.
 USER_ERRORS = (ValueError, OSError, MemoryError)
 
@@ -125,7 +117,7 @@ def open_run(
         "at": now(),
         "command": list(command),
         **_here(),
-        **_origin(),
+        **origin(),
         "seeds": _seeds(settings.model_dump(mode="json")),
     }
     record["starts"].append(start)
@@ -201,32 +193,23 @@ def _refuse_busy(folder: Path, last: dict[str, Any]) -> None:
     """Two writers would spoil each other's files, so the last start must have ended, here or elsewhere."""
     if not last or last.get("pid") == os.getpid():
         return
-    living = alive(last)
-    if living is None and not (folder / "outcome.json").exists():
-        living = _waits_or_runs(str(last.get("job") or submitted(folder)))
+    ended = (read_json(folder / "outcome.json") or {}).get("state")
+    job = last_job(folder)
+    jobs = queue() if job is not None and job.cluster == "slurm" else None
+    # A job that has failed, or was stopped, may be about to start again; one that is done is only being put away.
+    waits = held(job, jobs) if ended != "done" else None
+    living = waits is not None or alive(last)
+    if living is None and ended is None:  # where nobody can tell it is believed to live; else its job has gone
+        living = jobs is None or job is None or not job.since(last["at"])
     if not living:
         return
     who = f"process {last['pid']} on {last['host']}" if last.get("pid") else "a job in the queue"
+    if waits is not None and job is not None:
+        who = f"job {job.id} ({waits.state} in the queue)"
     raise RunError(
-        f"{folder} is being worked in by {who} since {last['at']}; wait for it, stop it, or choose another folder= "
-        f"(if it is gone, remove {folder / 'run.json'})"
+        f"{folder} is being worked in by {who} since {last['at']}; wait for it, stop it (axial cancel), or choose "
+        f"another folder= (if it is gone, remove {folder / 'run.json'})"
     )
-
-
-def _waits_or_runs(job: str) -> bool:
-    """Does the cluster's queue hold this job? Without a queue to ask nobody can tell, and it is believed to."""
-    try:
-        asked = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return True
-    return not job or bool(asked.stdout.strip())
-
-
-def submitted(folder: Path) -> str:
-    """Number of the newest job that submitit left a file of; it has one before the job itself runs and can note it."""
-    files = list((folder / "jobs").glob("*_submitted.pkl"))
-    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
-    return newest.name.removesuffix("_submitted.pkl") if newest is not None else ""
 
 
 def _refuse_others(folder: Path, settings: Settings, free: Collection[str], remedy: str) -> None:
@@ -313,30 +296,6 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _origin() -> dict[str, Any]:
-    """Where the code comes from: commit and changes of its checkout (null outside one) and the versions beneath it."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    # `ls-files` tells the code's own checkout from one that merely has the virtual environment inside it.
-    tracked = _git("ls-files", "--error-unmatch", "launch/run.py") is not None
-    sha = _git("rev-parse", "HEAD") if tracked else None
-    state = _git("status", "--porcelain", "--untracked-files=no") if sha else None
-    return {"git": {"sha": sha, "dirty": None if state is None else bool(state)}, "versions": versions}
-
-
-def _git(*arguments: str) -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _seeds(data: Any, key: str = "") -> dict[str, Any]:

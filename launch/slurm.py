@@ -35,6 +35,11 @@ class ArrayRules(Settings):
     elements: int = Field(200, ge=1, description="jobs that the tasks of one step are cut into at most")
     parallel: int | None = Field(None, ge=1, description="how many of them run at a time, by default all that can")
     retries: int = Field(2, ge=0, description="how often a task that was in work in a lost job is given to another")
+    parts: int = Field(
+        1,
+        ge=1,
+        description="runs that the images of `predict` are cut into at most; folds always are runs",
+    )
 
 
 class Slurm(Settings):

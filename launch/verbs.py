@@ -93,7 +93,14 @@ VERBS = {
         "downstream.probe:Settings",
         run=True,
     ),
-    "status": Verb("how the runs in a folder are doing", "launch.status:main", "launch.status:Settings"),
+    "status": Verb("how the runs in a folder are doing", "launch.status:main", "launch.status:Settings", word="folder"),
+    "logs": Verb("what a run has printed, or prints", "launch.logs:main", "launch.logs:Settings", word="folder"),
+    "cancel": Verb(
+        "end the runs in a folder, wherever they wait or run; they save first",
+        "launch.cancel:main",
+        "launch.cancel:Settings",
+        word="folder",
+    ),
 }
 
 # What may change when a run goes on: how fast and where it is, what is told of it, and how long (schedules follow).

@@ -1,5 +1,6 @@
 """The settings of `axial pretrain`: one group for each part, which gets its group and nothing else."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -101,19 +102,25 @@ class Settings(launch.settings.Settings):
     def _of_method(self, what: str) -> dict[str, Source]:
         return getattr(self.method, what, {})
 
-    def check_sources(self) -> None:
+    @property
+    def earlier(self) -> dict[str, Source]:
+        """Weights of earlier runs that the method reads, by key below `method`."""
+        return self._of_method("sources")
+
+    def check_sources(self, coming: Collection[Path] = ()) -> None:
         """Refuse a new run whose weights are not there or not named, all at once, before anything is built.
 
-        Raises SourceError. A run that goes on from its own checkpoint needs only what no checkpoint holds.
+        Raises SourceError. A run that goes on from its own checkpoint needs only what no checkpoint holds. The run
+        folders that are `coming` need not be there yet.
         """
         named: dict[str, Source | None] = {**self._of_method("always_read")}
-        earlier, new = self._of_method("sources"), not any(self.folder.glob("checkpoints/step_*"))
+        earlier, new = self.earlier, not any(self.folder.glob("checkpoints/step_*"))
         if new:
             named |= {"init_from": self.source, **earlier}
         missing = [
             f"{key if key == 'init_from' else 'method.' + key}: {wrong}"
             for key, of in named.items()
-            if of is not None and (wrong := _missing(of))
+            if of is not None and of.path not in coming and (wrong := _missing(of))
         ]
         if new and self.init_from is None and (read := list(earlier)):
             missing.append(

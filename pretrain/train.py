@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from data_curation.index import fingerprint, read_index
 from launch.distributed import World, world
 from launch.log import Log, tell
 from launch.run import Outcome, Stopped, command
+from launch.settings import SettingsError
 from pretrain.checkpoint import Checkpoints, checkpoint_bytes
 from pretrain.data.corpora import Corpora, order_of, overlaps
 from pretrain.data.stream import Batches, batches, check
 from pretrain.flops import flops_per_step, layer_table, peak_flops
 from pretrain.loop import Ended, Guard, train
 from pretrain.meter import LoopError
-from pretrain.methods import States, Trainable, build_method
+from pretrain.methods import Source, States, Trainable, build_method
 from pretrain.optim import build_optimizer
 from pretrain.parallel import compile_blocks, fill, make_mesh, place, place_constant, recompute_blocks, shard
 from pretrain.precision import in_bf16
@@ -145,13 +147,46 @@ def _outcome(settings: Settings, ended: Ended) -> Outcome:
     return Outcome(made=made, next=(command("export", f"folder={settings.folder}"),))
 
 
-def dry_run(settings: Settings) -> str:
+def follow(settings: Settings, before: Settings) -> tuple[str, ...]:
+    """The words by which a run of a chain starts from the run `before` it: student and EMA teacher, and as Gram teacher
+    the EMA teacher that it had at its end, or at the step that the settings name where that checkpoint will be kept.
+
+    Raises SettingsError for a run of another method, which can take nothing over.
+    """
+    kind, other = (one.method.kind for one in (settings, before))  # type: ignore[attr-defined]  # every plug-in has one
+    if kind != other:
+        raise SettingsError(
+            f"a run of {kind} takes no weights over from one of {other} ({before.folder}); call it on its own, with "
+            "the folders of the runs that it reads"
+        )
+    start = settings.source or Source(path=before.folder)
+    read = {"init_from": start, **{f"method.{key}": source for key, source in settings.earlier.items()}}
+    steps = {what: source.step if _will_be_kept(before, source.step) else None for what, source in read.items()}
+    for what, source in read.items():
+        if source.step != steps[what]:
+            print(f"{what}.step: {before.folder} will keep no checkpoint of step {source.step}; its newest is read")
+    first = start.model_copy(update={"path": before.folder, "where": "", "step": steps.pop("init_from")})
+    taken = {"init_from": first.model_dump(mode="json")}
+    taken |= {what: {"path": str(before.folder), "step": step} for what, step in steps.items()}
+    return tuple(f"{what}={json.dumps(values, ensure_ascii=False)}" for what, values in taken.items())
+
+
+def _will_be_kept(run: Settings, step: int | None) -> bool:
+    """Will the checkpoint of this step be there when the run has ended?"""
+    rules = run.checkpoint
+    written = sorted({*range(rules.every, run.steps, rules.every), run.steps})
+    for_good = rules.keep_every and step is not None and step % rules.keep_every == 0
+    return step in written[-rules.keep :] or bool(for_good and step in written)
+
+
+def dry_run(settings: Settings, coming: Collection[Path] = ()) -> str:
     """Say what a run would be, without making it: parameters, FLOPs by layer, the learning rate as it is applied.
 
+    The run folders that are `coming`, of a chain, need not be there yet.
     Raises SourceError where weights that it would read are not there, StreamError or LoopError for settings that no
     number of ranks can make work. A corpus that cannot be read is warned of, as it may be elsewhere or still to come.
     """
-    settings.check_sources()
+    settings.check_sources(coming)
     check(settings.data, 1, settings.model.patch_size, settings.model.in_channels)
     _check_parts(settings, ranks=1)
     if (probe := settings.watch.probe) is not None:

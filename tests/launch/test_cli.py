@@ -45,7 +45,7 @@ def test_a_run_from_the_shell_to_its_files(capsys: pytest.CaptureFixture[str]) -
     [start] = json.loads(Path("a/run.json").read_text())["starts"]
     assert start["command"] == ["axial", "toy", "toy.yaml", "steps=4"]
     assert outcome() | {"at": ""} == {
-        "state": "done", "at": "", "made": ["a toy"], "next": ["play with it"], "error": "",
+        "state": "done", "at": "", "made": ["a toy"], "next": ["play with it"], "error": "", "again": False,
     }  # fmt: skip
     assert main(["toy", "a/settings.yaml"]) == 0  # the folder's own settings are a valid CONFIG
 
@@ -157,7 +157,8 @@ def test_elsewhere_the_same_words_do(capsys: pytest.CaptureFixture[str]) -> None
     assert "raise RuntimeError" in err
     assert err.endswith("axial toy: rank 1 of 2: RuntimeError: the toy is broken\n")
     assert outcome("b") | {"at": ""} == {
-        "state": "failed", "at": "", "made": [], "next": [], "error": "rank 1 of 2: RuntimeError: the toy is broken",
+        "state": "failed", "at": "", "made": [], "next": [], "again": False,
+        "error": "rank 1 of 2: RuntimeError: the toy is broken",
     }  # fmt: skip
     assert main(["toy", "folder=c", "mode=mistake", "rank=1", "--on=two.yaml"]) == 2
 

@@ -13,6 +13,7 @@ import pytest
 from pydantic import Field
 
 from launch import run
+from launch.jobs import Job, note_job
 from launch.run import (
     Outcome,
     RunError,
@@ -27,6 +28,7 @@ from launch.run import (
     write_text,
 )
 from launch.settings import Settings, load
+from tests.launch.slurm_programs import Cluster
 
 
 class Data(Settings):
@@ -140,21 +142,25 @@ def test_what_runs_or_waits_elsewhere_keeps_its_folder(
     settings = Run(folder=tmp_path / "run")
     open_run(settings.folder, settings, [])
     record = json.loads((settings.folder / "run.json").read_text())
-    record["starts"][-1] |= {"host": "node7", "ticks": None, "job": "77", **start}
+    record["starts"][-1] |= {"host": "node7", "ticks": None, **start}
     text = json.dumps(record)
     (settings.folder / "run.json").write_text(text)
-    monkeypatch.setenv("PATH", str(tmp_path))  # no queue to ask
+    cluster = Cluster(tmp_path / "bin").start(monkeypatch)
     with pytest.raises(RunError, match=f"being worked in by {who}.*if it is gone, remove"):
+        open_run(settings.folder, settings, [])  # no job is known of it
+    note_job(settings.folder, Job("77", "axial-run", "slurm", "", "2100-01-01T00:00:00+00:00"))
+    cluster.holds(("77", "RUNNING"))
+    with pytest.raises(RunError, match=r"being worked in by job 77 \(RUNNING in the queue\)"):
         open_run(settings.folder, settings, [])
-    queue = tmp_path / "squeue"
-    queue.write_text('#!/bin/sh\n[ "$3" = 77 ] && echo "77 main axial"\n')
-    queue.chmod(0o755)
-    with pytest.raises(RunError, match="being worked in"):
+    squeue = (tmp_path / "bin/squeue").read_text()
+    cluster.refuses("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
+    with pytest.raises(RunError, match=f"being worked in by {who}"):
         open_run(settings.folder, settings, [])
-    queue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    (tmp_path / "bin/squeue").write_text(squeue)
+    cluster.holds()
     open_run(settings.folder, settings, [])
     (settings.folder / "run.json").write_text(text)
-    queue.unlink()
+    cluster.refuses("squeue", "")
     close_run(settings.folder, "stopped")
     open_run(settings.folder, settings, [])
 
@@ -243,25 +249,6 @@ def test_errors_are_said_in_one_line(error: BaseException, text: str) -> None:
 def test_stopped_knows_its_signal() -> None:
     assert Stopped("stopped by SIGUSR2 after step 3").signal == "SIGUSR2"
     assert Stopped("stopped by another rank").signal == ""
-
-
-def test_commit_of_a_checkout_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*words: str) -> None:
-        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=tmp_path, check=True)
-
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch/run.py").write_text("")
-    monkeypatch.setattr(run, "__file__", str(tmp_path / "launch/run.py"))
-    assert run._origin()["git"] == {"sha": None, "dirty": None}
-    git("init", "-q")
-    assert run._origin()["git"] == {"sha": None, "dirty": None}  # a checkout, but not of this code
-    git("add", ".")
-    git("commit", "-q", "-m", "x")
-    clean = run._origin()["git"]
-    assert len(clean["sha"]) == 40
-    assert clean["dirty"] is False
-    (tmp_path / "launch/run.py").write_text("changed")
-    assert run._origin()["git"] == {"sha": clean["sha"], "dirty": True}
 
 
 def test_a_command_can_be_pasted_whatever_the_paths_hold() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from launch.beats import Beat, write_beat
+from launch.jobs import Job, note_job
 from launch.log import Log
-from launch.run import Outcome, RunError, close_run, note_start, open_run
+from launch.run import Outcome, RunError, close_run, note_start, now, open_run
 from launch.settings import Settings as Base
 from launch.status import Settings, main, runs_beneath, status_of, told
 
@@ -34,8 +35,7 @@ def test_a_run_from_queue_to_end(tmp_path: Path) -> None:
     assert status_of(tmp_path).state == "running"
     note_start(tmp_path, waiting=True)
     assert (status_of(tmp_path).state, status_of(tmp_path).where) == ("queued", "")
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/12_submitted.pkl").write_text("")
+    note_job(tmp_path, Job("12", "axial-x", "slurm", str(tmp_path / "jobs"), now()))
     assert (status_of(tmp_path).state, status_of(tmp_path).where) == ("queued", "job 12")
     note_start(tmp_path, job="12")
     assert status_of(tmp_path).state == "running"
@@ -100,10 +100,11 @@ def test_signs_of_life_of_an_earlier_start_are_none_of_this_one(tmp_path: Path) 
 
 
 def test_all_runs_beneath_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("x/one", "x/one/inside", "two", ".hidden/run", "a/b/c/d/e"):
+    for name in ("x/one", "x/one/inside", "x/one/too/deep", "two", ".hidden/run", "a/b/c/d/e"):
         started(tmp_path / name)
     close_run(tmp_path / "two", "stopped", error="interrupted")
-    assert [path.relative_to(tmp_path) for path in runs_beneath(tmp_path, 4)] == [Path("two"), Path("x/one")]
+    found = [path.relative_to(tmp_path) for path in runs_beneath(tmp_path, 4)]
+    assert found == [Path("two"), Path("x/one/inside"), Path("x/one")]
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/run.json").write_text("{")
     assert main(Settings(folder=tmp_path)) == Outcome()
