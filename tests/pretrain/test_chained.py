@@ -41,7 +41,9 @@ def test_a_step_that_will_not_be_there_gives_way_to_the_newest(capsys: pytest.Ca
 
 
 def test_where_the_first_begins_is_not_where_the_others_do() -> None:
-    plan = planned("init_from.path=mine", "stage3_hires.init_from.heads=false", "stage3_hires.method.gram_teacher.path=x")
+    plan = planned(
+        "init_from.path=mine", "stage3_hires.init_from.heads=false", "stage3_hires.method.gram_teacher.path=x"
+    )
     one, two, three = (run.settings for run in plan.runs)
     assert one.init_from.path == Path("mine")
     assert (two.init_from.path, two.method.gram_teacher.path) == (Path("runs/stage1"), Path("runs/stage1"))
