@@ -22,7 +22,7 @@ __all__ = ["UsageError", "main"]
 
 
 OPTIONS = {
-    "--on": "cluster file: run elsewhere (packaged: here, two_processes, slurm_example, slurm_array .yaml)",
+    "--on": "cluster file: run elsewhere, such as slurm_one_gpu.yaml; launch/CLUSTERS.md shows which for what",
     "--sweep": "key=a,b: a run for each value, in a folder of its own; several: for each combination",
     "--extend": "curate: add data sets to a finished corpus; its own shards stay as they are",
     "--dry-run": "show the settings in force and what would be done; do nothing",
@@ -104,7 +104,7 @@ def _parse(words: Sequence[str]) -> Command:
             raise UsageError(f"no such option {name}{near(name, OPTIONS)} (there are: {', '.join(OPTIONS)})")
         elif not verb:
             verb = word
-        elif equals and not os.path.isfile(word):
+        elif equals and not _is_path(word, VERBS.get(verb)):
             overrides.append(word)
         else:
             configs.append(word)
@@ -135,6 +135,11 @@ def _check_several(verb: str, configs: Sequence[str], swept: Sequence[str]) -> N
         raise UsageError(f"{verb} has no runs to sweep; --sweep is for {runs}")
     if len(configs) > 1:
         raise UsageError("a chain is not swept; sweep one of its links, or write a command for each value")
+
+
+def _is_path(word: str, verb: Verb | None) -> bool:
+    """Of a word with "=" in it: is it all the same a settings file, or such a folder as a sweep makes?"""
+    return os.path.isfile(word) or (verb is not None and verb.word == "folder" and os.path.isdir(word))
 
 
 def _is_file(word: str) -> bool:

@@ -200,7 +200,7 @@ def _oldest(folder: Path) -> float | None:
     found: list[float] = []
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):  # just being deleted
-            apart = path.relative_to(folder).parts[0] in ("jobs", "cache") or path.name in (*OWN, "attempts.jsonl")
+            apart = path.relative_to(folder).parts[0] in ("jobs", "cache") or path.name in OWN
             if not apart and path.is_file():
                 found.append(path.stat().st_mtime)
     return min(found, default=None)

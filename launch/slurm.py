@@ -19,7 +19,7 @@ from pydantic import Field
 from launch.call import Call
 from launch.jobs import Job, held, note_job, queue
 from launch.ranks import RankFailed
-from launch.run import Outcome, RunError, Stopped, command, note_start, now, read_json
+from launch.run import Outcome, RunError, Stopped, close_run, command, note_start, now, read_json
 from launch.settings import Settings
 from launch.task import Task
 
@@ -119,7 +119,10 @@ class Slurm(Settings):
                 sent = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
         except submitit.core.utils.FailedJobError as error:
             plan.unlink(missing_ok=True)
-            raise RunError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
+            text = f"sbatch refused the job: {' '.join(str(error).split())}"
+            for call in calls:
+                close_run(call.folder, "failed", error=text)
+            raise RunError(text) from None
         title = f"axial-{name}"
         jobs = [Job(str(job.job_id), title, self.cluster, str(folder), now()) for job in sent]
         for call, job in zip(calls, jobs, strict=True):

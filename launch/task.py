@@ -10,6 +10,7 @@ from types import FrameType
 
 from launch.attempts import Attempt, against_another, newest_checkpoint, note_attempt, read_attempts, step_of
 from launch.call import Call
+from launch.head import head
 from launch.run import Outcome, Stopped, close_run, may_pass, note_start, say
 
 __all__ = ["Task", "restarted"]
@@ -36,6 +37,7 @@ class Task:
                 close_run(folder, "failed", error=no)
                 return None
             note_start(folder, job=job.job_id)
+            print(head(folder), flush=True)
         try:
             outcome = self.call.execute()
         except Stopped as stop:  # every rank has saved; what now is for the job's aftermath to say

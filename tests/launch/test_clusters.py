@@ -10,6 +10,7 @@ import pytest
 
 import launch.clusters
 from launch.call import resolve
+from launch.cli import _parse
 from launch.executors import EXECUTORS, load_cluster
 from launch.settings import find, load
 from launch.verbs import VERBS
@@ -30,14 +31,15 @@ def test_it_is_valid_and_its_commands_are_commands(path: Path) -> None:
     assert path.read_text().startswith("# For ")
     assert commands(path)
     for text in commands(path):
-        axial, name, config, *words = shlex.split(text)
-        assert (axial, words[-2]) == ("axial", "--on")
-        given, verb = iter(words[:-2]), VERBS[name]
-        overrides = [word if word != "--sweep" else next(given).partition(",")[0] for word in given]
+        axial, *words = shlex.split(text)
+        told = _parse(words)
+        assert axial == "axial"
+        assert told.cluster
+        verb, first = VERBS[told.verb], [swept.partition(",")[0] for swept in told.swept]
         if verb.crew:  # its file is the user's own
-            assert config == "corpus.yaml"
+            assert told.configs == ("corpus.yaml",)
             continue
-        load(resolve(verb.settings), find(config), overrides)
+        load(resolve(verb.settings), find(told.configs[0]) if told.configs else None, [*told.overrides, *first])
 
 
 def test_the_page_names_them_all_and_no_others() -> None:

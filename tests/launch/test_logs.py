@@ -117,6 +117,13 @@ def test_several_runs_are_named(tmp_path: Path) -> None:
     main(Settings(folder=tmp_path / "runs/00"))
 
 
+def test_a_point_of_a_sweep_is_a_folder_and_no_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tmp_path / "lr=1e-4,seed=0")
+    assert axial(["logs", str(run), "lines=3"]) == 0
+    assert axial(["status", str(run)]) == 0
+    assert str(run) in capsys.readouterr().out
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="there is no folder"):
         main(Settings(folder=tmp_path / "none"))

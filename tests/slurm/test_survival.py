@@ -10,8 +10,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from launch.attempts import read_attempts
 from launch.call import Call, resolve
 from launch.run import open_run
@@ -150,17 +148,3 @@ def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path) 
     assert cluster.ended(high)["state"] == "done", tail(high)
     assert hows(low) == ["warned"], tail(low)
     assert cluster.ended(low)["made"] == [undisturbed(120)], tail(low)
-
-
-@pytest.mark.parametrize(
-    ("slurm", "message"),
-    [
-        (Slurm(partition="gpu"), "sbatch refused the job.*[Ii]nvalid partition"),
-        (Slurm(extra={"no-such-option": 1}), "sbatch refused the job.*no-such-option"),
-    ],
-)
-def test_what_sbatch_refuses_is_one_clear_line(cluster: Cluster, tmp_path: Path, slurm: Slurm, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        submitted(tmp_path / "run", slurm)
-    assert "\n" not in str(caught.value)
-    assert cluster.queued() == []
