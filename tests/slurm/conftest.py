@@ -19,10 +19,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First, and in one process: they wait more than they work, and share one SLURM."""
+    """First: they wait more than they work, and each process of the test run starts a SLURM of its own for them."""
     own = [item for item in items if Path(__file__).parent in item.path.parents]
-    for item in own:
-        item.add_marker(pytest.mark.xdist_group("slurm"))
     items[:] = own + [item for item in items if item not in own]
 
 

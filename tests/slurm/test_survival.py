@@ -124,7 +124,7 @@ def test_a_dead_machine_is_noticed_and_the_job_goes_on_elsewhere(cluster: Cluste
     cluster.until(lambda: beaten(run) > 6, 60, "the first steps")
     node = cluster.ask("squeue", "-h", "-j", job, "-o", "%N").strip()
     cluster.machine.kill(node)
-    for pid in (*daemons(job), *processes(run)):
+    for pid in daemons(cluster, job, run):
         os.kill(pid, signal.SIGKILL)
     cluster.until(lambda: hows(run) == ["lost"], 90, f"the node's loss {tail(run)}")
     assert cluster.ask("squeue", "-h", "-j", job, "-o", "%N").strip() not in ("", node)
@@ -133,11 +133,17 @@ def test_a_dead_machine_is_noticed_and_the_job_goes_on_elsewhere(cluster: Cluste
     cluster.machine.until_idle()
 
 
-def daemons(job: str) -> list[int]:
-    """Daemons of the job's steps, and its batch script."""
-    asked = subprocess.run(["pgrep", "-f", rf"slurmstepd: \[{job}\."], capture_output=True, text=True, check=False)
-    scripts = subprocess.run(["pgrep", "-f", f"job0*{job}/slurm_script"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in (asked.stdout + scripts.stdout).split()]
+def daemons(cluster: Cluster, job: str, run: Path) -> list[int]:
+    """What a power cut takes besides slurmd: a job's ranks and batch script, and before them the daemons of its steps.
+
+    Known by their folders: another SLURM on this machine has a job of this number too.
+    """
+    script = f"{cluster.machine.folder}/spool.*/job0*{job}/slurm_script"
+    asked = subprocess.run(["pgrep", "-f", script], capture_output=True, text=True, check=False)
+    work = [*processes(run), *map(int, asked.stdout.split())]
+    parents = [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in work]
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in parents}
+    return [pid for pid, name in names.items() if name.startswith("slurmstepd")] + work
 
 
 def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:

@@ -92,23 +92,22 @@ def test_an_array_of_three_curates_the_same_bytes_though_one_is_killed(
     )
     command = [sys.executable, "-c", code, str(there), str(scans)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        cluster.until(running, 60, "an element at work")
-        os.kill(running()[0], signal.SIGKILL)
+        cluster.until(lambda: running(there), 60, "an element at work")
+        os.kill(running(there)[0], signal.SIGKILL)
         _, told = process.communicate(timeout=180)
     assert process.returncode == 0, told
     assert told.count("jobs for") == 3, f"scans twice, as a job was killed, and shards: {told}"
     assert state(there) == expected
 
 
-def running() -> list[int]:
-    """Elements of arrays at work."""
-    command = ["pgrep", "-f", "submitit.core._submit .*array-"]
+def running(corpus: Path) -> list[int]:
+    """Elements of an array that curates it; srun, whose command has the same words, is none."""
+    command = ["pgrep", "-f", f"submitit.core._submit {corpus}/jobs/array-"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return [pid for pid in map(int, found.stdout.split()) if _name(pid).startswith("python")]
 
 
 def _name(pid: int) -> str:
-    """Not srun's, whose command has the same words."""
     try:
         return Path(f"/proc/{pid}/comm").read_text()
     except OSError:
