@@ -164,8 +164,10 @@ class Performance:
 
     def check_chain(self) -> None:
         """Refuse a link that holds what it made of a run which is now done again. Raises RunError."""
+        if self.plan.kind != "chain":
+            return
         known = {run.folder: run for run in self.plan.runs}
-        for run in self.plan.runs if self.plan.kind == "chain" else ():
+        for run in self.plan.runs:
             begun = _oldest(run.folder)
             for before in (known[folder] for folder in run.needs if begun is not None):
                 if not self._is_done(before):
