@@ -137,9 +137,12 @@ def test_a_start_that_was_lost_is_noted_by_the_next_one(run: Path, monkeypatch: 
         assert Task(asked)() is not None
         assert [attempt.how for attempt in read_attempts(run)] == ["lost"]
         assert outcome(run)["state"] == "done"
-        for restart in ("2", "3"):
-            monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+        Task(asked, restarts=1)()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+        with pytest.raises(SystemExit) as ends:  # with 0 the other ranks would wait for it
             Task(asked, restarts=1)()
+        assert ends.value.code == 1
         assert outcome(run)["state"] == "failed"
         assert "job 17 is not tried again: it failed 2 times in a row" in outcome(run)["error"]
         with pytest.raises(Stopped, match="SIGUSR2"):
@@ -168,3 +171,22 @@ def test_the_rank_that_fails_first_is_told(run: Path, monkeypatch: pytest.Monkey
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def test_a_rank_that_is_ended_because_another_failed_does_not_hide_why(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+
+    def end(call: Call) -> Outcome:
+        close_run(run, "failed", error="rank 1 on b: RuntimeError: the verb is broken", again=True)
+        signal.raise_signal(signal.SIGTERM)
+        return Outcome()
+
+    monkeypatch.setattr(Call, "execute", end)
+    try:
+        Task(Call(f"{STEPS}:main", f"{STEPS}:Settings", run))()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    assert outcome(run)["error"] == "rank 1 on b: RuntimeError: the verb is broken"
