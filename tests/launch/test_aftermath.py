@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 
 from launch import aftermath
 from launch.attempts import read_attempts
+from launch.beats import Beat, write_beat
 from launch.call import Call
 from launch.jobs import Job, note_job
-from launch.run import Outcome, Stopped, close_run, open_run, read_json
+from launch.run import Outcome, Stopped, close_run, note_start, open_run, read_json
 from launch.task import Task
 from tests.launch.steps_verb import Settings
 
@@ -41,7 +43,7 @@ def started(folder: Path, **settings: Any) -> Path:
 
 
 def ended(*folders: Path, code: int = 0, blind: tuple[str, ...] = (), restarts: int = 3, requeues: int = 2) -> int:
-    plan = folders[0].parent / "plan.json"
+    plan = folders[0] / "jobs" / "plan.json"
     calls = [[f"{STEPS}:main", f"{STEPS}:Settings", str(folder)] for folder in folders]
     plan.write_text(json.dumps({"calls": calls, "restarts": restarts, "requeues": requeues}))
     return aftermath.main(str(plan), str(code), *blind)
@@ -82,6 +84,16 @@ def test_an_error_that_may_pass_is_tried_again_and_a_mistake_is_not(run: Path) -
     assert outcome(run)["error"].startswith("job 17 is not tried again: it failed 2 times in a row")
 
 
+def errors(run: Path, *lines: str) -> None:
+    """What the batch script and srun wrote of an earlier start, and of this one."""
+    before = ("axial: start 0 of job 17 on a", "srun: error: a: task 0: Killed", "axial: start 1 of job 17 on a,b")
+    (run / "jobs/17_0_log.err").write_text("\n".join((*before, *lines, "")))
+
+
+KILLED = "srun: error: b: tasks 4-7: Killed"
+STEP_ENDS = ("srun: launch/slurm: _step_signal: Terminating StepId=17.1", "srun: error: a: task 0: Killed")
+
+
 @pytest.mark.parametrize("left", ["", "SIGTERM", "error"])
 def test_who_was_killed_is_told_by_srun(run: Path, left: str) -> None:
     """srun ends the others when one is gone: that they saved, or lost their peer, is not what happened."""
@@ -89,25 +101,58 @@ def test_who_was_killed_is_told_by_srun(run: Path, left: str) -> None:
         close_run(run, "stopped", error="stopped by SIGTERM after step 3")
     if left == "error":
         close_run(run, "failed", error="RuntimeError: Connection closed by peer", again=True)
-    (run / "jobs/17_0_log.err").write_text(
-        "axial: start 0 of job 17 on a\nsrun: error: a: task 0: Killed\naxial: start 1 of job 17 on a,b\n"
-        "srun: error: b: tasks 4-7: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=17.1\n"
-        "srun: error: a: task 0: Killed\n"
-    )
+    errors(run, KILLED, *STEP_ENDS)
     assert ended(run, code=137) == AGAIN
     [attempt] = read_attempts(run)
     assert attempt.how == ("failed" if left == "error" else "killed")
-    assert attempt.reason == ("RuntimeError: Connection closed by peer" if left == "error" else "rank 4-7 on b: Killed")
+    killed = "rank 4-7 on b: Killed"
+    assert attempt.reason == (f"RuntimeError: Connection closed by peer ({killed})" if left == "error" else killed)
+
+
+@pytest.mark.parametrize("how", ["Segmentation fault", "Out Of Memory", "Exited with exit code 75", "Aborted"])
+def test_a_rank_that_goes_without_a_word_is_the_cause_not_the_signal_to_the_others(run: Path, how: str) -> None:
+    close_run(run, "stopped", error="stopped by SIGTERM after step 3")
+    errors(run, f"srun: error: b: task 1: {how}", *STEP_ENDS)
+    assert ended(run, code=1) == AGAIN
+    assert read_attempts(run)[0].reason == f"rank 1 on b: {how}"
+    assert outcome(run)["state"] == "failed"
+
+
+def test_a_rank_with_an_error_is_told_by_that(run: Path) -> None:
+    close_run(run, "failed", error="rank 1 on b: RuntimeError: no", again=True)
+    errors(run, "srun: error: b: task 1: Exited with exit code 1", *STEP_ENDS)
+    assert ended(run, code=1) == AGAIN
+    assert read_attempts(run)[0].reason == "rank 1 on b: RuntimeError: no"
+
+
+def test_a_step_that_srun_cannot_begin_is_told_in_its_words(run: Path) -> None:
+    errors(run, "srun: error: Unable to create step for job 17: Invalid generic resource (gres) specification")
+    assert ended(run, code=1) == AGAIN
+    assert read_attempts(run)[0].reason.startswith("Unable to create step for job 17: Invalid generic resource")
+
+
+def test_a_warned_job_was_warned_however_its_processes_went(run: Path) -> None:
+    close_run(run, "stopped", error="stopped by SIGUSR2 after step 3")
+    errors(run, "srun: error: b: task 1: Exited with exit code 1", *STEP_ENDS)
+    assert ended(run, code=1) == AGAIN
+    assert [attempt.how for attempt in read_attempts(run)] == ["warned"]
 
 
 def test_a_cancelled_job_was_not_killed(run: Path) -> None:
     close_run(run, "stopped", error="stopped by SIGTERM after step 3")
-    (run / "jobs/17_0_log.err").write_text(
-        "axial: start 0 of job 17 on a\nslurmstepd: error: *** STEP 17.0 ON a CANCELLED AT 2026 ***\n"
-        "srun: error: a: task 0: Killed\n"
-    )
+    errors(run, "slurmstepd: error: *** STEP 17.0 ON a CANCELLED AT 2026 ***", "srun: error: a: task 0: Killed")
     assert ended(run, code=137) == ENDED
     assert read_attempts(run) == []
+
+
+def test_a_full_disk_does_not_hide_why_a_job_is_given_up(run: Path) -> None:
+    (run / "samples_of_step_3.txt").mkdir()
+    note_start(run, job="17")
+    write_beat(run, Beat(0, 1, "a", 1, 3, 0, "data", 3, 0.0, time.time()))
+    for code in (AGAIN, ENDED):
+        close_run(run, "failed", error="RuntimeError: no", again=True)
+        assert ended(run, code=1) == code
+    assert "it failed twice in step 3: RuntimeError: no. Samples of step 3: slice-3-0" in outcome(run)["error"]
 
 
 def test_without_a_word_the_code_is_told(run: Path) -> None:
