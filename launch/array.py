@@ -203,11 +203,12 @@ class _Run:
             Element(self.function, tuple((n, self.names[n], self.tasks[n]) for n in share), workers, file)
             for share, file in zip(shares, files, strict=True)
         ]
-        executor = submitit.AutoExecutor(self.folder, cluster=slurm.cluster)
+        executor = slurm.executor(self.folder)
         # SLURM must not start a lost element again, since that would do the task that killed it for ever.
-        extra: dict[str, Any] = {"no_requeue": True, **slurm.extra}
-        given = {"name": self.array.name, "slurm_array_parallelism": parallel, "slurm_additional_parameters": extra}
-        executor.update_parameters(**(slurm.parameters("") | given))
+        asked = slurm.parameters(self.array.name)
+        extra: dict[str, Any] = {"no_requeue": True, **asked.get("slurm_additional_parameters", {})}
+        given = {"slurm_array_parallelism": parallel, "slurm_additional_parameters": extra}
+        executor.update_parameters(**(asked | given))
         try:
             with as_outside_a_job():
                 jobs = executor.submit_array(elements)
