@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from launch.call import Call
 from launch.jobs import Job, held, note_job, queue
@@ -80,6 +80,14 @@ class Slurm(Settings):
     extra: dict[str, str | int | bool] = Field({}, description="other options of sbatch")
     wait: bool = Field(False, description="stay until the job has ended")
     array: ArrayRules = Field(ArrayRules(), description="for verbs that share out tasks, folds, parts and sweeps")
+
+    @model_validator(mode="after")
+    def _warned_in_time(self) -> Slurm:
+        if self.signal_delay_s >= self.hours * 3600:  # else it is warned as it begins, goes back, and so on for ever
+            raise ValueError(
+                f"signal_delay_s ({self.signal_delay_s}) must be less than the {self.hours * 3600:g} s of hours"
+            )
+        return self
 
     @property
     def ranks(self) -> int:

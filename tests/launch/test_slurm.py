@@ -226,3 +226,8 @@ def test_a_wrong_cluster_setting_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("kind: slurm\nnodes: 0\nrestart: 3\nhours: soon\n")
     with pytest.raises(SettingsError, match=r"(?s)3 wrong.*nodes.*c.yaml:2.*hours.*restart: .*did you mean 'restarts'"):
         load(Slurm, tmp_path / "c.yaml")
+
+
+def test_a_job_is_not_warned_as_it_begins(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"signal_delay_s \(300\) must be less than the 180 s of hours"):
+        load(Slurm, None, ["hours=0.05"])
