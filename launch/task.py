@@ -100,6 +100,8 @@ def _tell_ranks() -> None:
         "MASTER_ADDR": address,
         "MASTER_PORT": str(found.master_port),
     }
+    if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # else each of several would take those of all, where it can
+        os.environ.setdefault("OMP_NUM_THREADS", cores)
 
 
 def _address(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -28,7 +29,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder whose job 17 runs here for the first time."""
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    for name in names:
         monkeypatch.setenv(name, "")  # so that what a job in this process sets is taken back
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -198,7 +200,8 @@ def test_a_start_that_was_lost_is_noted_by_the_next_one(run: Path, monkeypatch: 
 
 
 def test_the_rank_that_fails_first_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}.items():
+    place = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_CPUS_PER_TASK": "3"}
+    for variable, value in place.items():
         monkeypatch.setenv(variable, value)
     old = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     try:
@@ -209,6 +212,7 @@ def test_the_rank_that_fails_first_is_told(run: Path, monkeypatch: pytest.Monkey
         assert told["error"].startswith("rank 1 on ")
         assert told["error"].endswith(": RuntimeError: the verb is broken")
         assert told["again"]
+        assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")] == [*"1123"]
         close_run(folder, "failed", error="rank 0 was first")
         with pytest.raises(RuntimeError):
             Task(Call(f"{STEPS}:main", f"{STEPS}:Settings", folder))()
