@@ -171,8 +171,9 @@ class Slurm(Settings):
             time.sleep(ASK_S if self.cluster == "slurm" else 0.2)
         ended = read_json(folder / "outcome.json")
         if ended is None:
-            seen = f"is {folder} seen by its machine? " if not job.log().exists() else ""
-            raise RunError(f"job {job.id} left the queue without a word; {seen}the same command submits it again")
+            errors = job.log(kind="err")
+            seen = f"see {errors}" if errors.exists() else f"is {folder} seen by its machine?"
+            raise RunError(f"job {job.id} left the queue without a word; {seen} The same command submits it again")
         if ended["state"] == "stopped":
             raise Stopped(str(ended["error"]))
         if ended["error"]:

@@ -212,9 +212,12 @@ def test_who_waits_is_told_the_end(tmp_path: Path, program: Program) -> None:
     program("sbatch", "echo Submitted batch job 17")
     program("squeue", "")
     folder, slurm = tmp_path / "run", Slurm(wait=True)
-    with pytest.raises(RunError, match="job 17 left the queue without a word"):
+    with pytest.raises(RunError, match=r"job 17 left the queue without a word; is .* seen by its machine\?"):
         slurm.run(call(folder))
     [job] = slurm.submit([call(folder)], folder / "jobs", "run")
+    job.log(kind="err").write_text("no python\n")
+    with pytest.raises(RunError, match=rf"job 17 left the queue without a word; see {job.log(kind='err')}"):
+        slurm.wait_for(folder, job)
     close_run(folder, "stopped", error="stopped by SIGTERM after step 3")
     with pytest.raises(Stopped, match="after step 3"):
         slurm.wait_for(folder, job)
