@@ -32,16 +32,17 @@ class Task:
         if job.cluster != "debug":
             _listen()
         folder = self.call.folder
-        if first:
-            if job.cluster == "slurm" and (no := _lost(self, job.job_id)):
-                close_run(folder, "failed", error=no)
-                return None
-            note_start(folder, job=job.job_id)
-            print(head(folder), flush=True)
+        if first and job.cluster == "slurm" and (no := _lost(self, job.job_id)):
+            close_run(folder, "failed", error=no)
+            raise SystemExit(1)  # not 0: srun is to end the other ranks, who would wait for this one
         try:
+            if first:
+                note_start(folder, job=job.job_id)
+                print(head(folder), flush=True)
             outcome = self.call.execute()
         except Stopped as stop:  # every rank has saved; what now is for the job's aftermath to say
-            if first:
+            # Where another rank has failed that is the cause: srun ends the others by SIGTERM.
+            if first and not (folder / "outcome.json").exists():
                 close_run(folder, "stopped", error=str(stop))
             return Outcome(next=(str(stop),)) if first else None
         except BaseException as error:
@@ -99,6 +100,8 @@ def _tell_ranks() -> None:
         "MASTER_ADDR": address,
         "MASTER_PORT": str(found.master_port),
     }
+    if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # else each of several would take those of all, where it can
+        os.environ.setdefault("OMP_NUM_THREADS", cores)
 
 
 def _address(name: str) -> str:
