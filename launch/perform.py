@@ -15,7 +15,19 @@ from typing import Any
 from launch.call import resolve
 from launch.plan import Plan, Run
 from launch.ranks import RankFailed
-from launch.run import OWN, USER_ERRORS, Outcome, RunError, Stopped, close_run, command, open_run, read_json, say
+from launch.run import (
+    OWN,
+    USER_ERRORS,
+    Outcome,
+    RunError,
+    Stopped,
+    close_run,
+    command,
+    open_run,
+    read_json,
+    say,
+    without,
+)
 from launch.settings import SettingsError, load
 from launch.verbs import FREE, Verb
 
@@ -159,7 +171,7 @@ class Performance:
         except SettingsError:
             return False
         free = {"folder", *FREE} - {"steps"}
-        before, asked = (_without(one.model_dump(mode="json"), free) for one in (old, run.settings))
+        before, asked = (without(one.model_dump(mode="json"), free) for one in (old, run.settings))
         return bool(before == asked)
 
     def check_chain(self) -> None:
@@ -204,11 +216,3 @@ def _oldest(folder: Path) -> float | None:
             if not apart and path.is_file():
                 found.append(path.stat().st_mtime)
     return min(found, default=None)
-
-
-def _without(data: Any, free: Collection[str], key: str = "") -> Any:
-    """Plain settings without those at the dotted keys in ``free``."""
-    if not isinstance(data, dict):
-        return data
-    inner = {name: f"{key}.{name}".lstrip(".") for name in data}
-    return {name: _without(value, free, inner[name]) for name, value in data.items() if inner[name] not in free}

@@ -22,7 +22,7 @@ from typing import Any
 from launch.documents import parse, write
 from launch.jobs import held, last_job, queue
 from launch.origin import origin
-from launch.settings import Settings, dump
+from launch.settings import Settings, SettingsError, dump, load
 
 __all__ = [
     "USER_ERRORS",
@@ -38,6 +38,7 @@ __all__ = [
     "open_run",
     "read_json",
     "say",
+    "without",
     "write_text",
 ]
 
@@ -216,7 +217,7 @@ def _refuse_others(folder: Path, settings: Settings, free: Collection[str], reme
     path = folder / "settings.yaml"
     if not path.exists():
         return
-    old, new = (_without(text, free) for text in (_read(path), dump(settings)))
+    old, new = (write(without(data, free)) for data in (_held(path, settings), parse(dump(settings), "", []).data))
     if old == new or not _has_work(folder):
         return
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), str(path), "settings given now", lineterm="", n=2)
@@ -235,16 +236,23 @@ def _has_work(folder: Path) -> bool:
     return any(path.name not in OWN and path.is_file() and path.stat().st_size for path in made)
 
 
-def _without(text: str, free: Collection[str]) -> str:
-    data = parse(text, "", []).data
-    for key in free:
-        *around, last = key.split(".")
-        group = data
-        for part in around:
-            group = group.get(part) if isinstance(group, dict) else None
-        if isinstance(group, dict):
-            group.pop(last, None)
-    return write(data)
+def _held(path: Path, settings: Settings) -> Any:
+    """What a folder's settings.yaml says, plain. A setting that there was none of when it was written has its default;
+    a file that can no longer be read as such settings counts as it stands."""
+    text = _read(path)
+    try:
+        text = dump(load(type(settings), path))
+    except SettingsError:
+        pass
+    return parse(text, "", []).data
+
+
+def without(data: Any, free: Collection[str], key: str = "") -> Any:
+    """Plain settings without those at the dotted keys in ``free``."""
+    if not isinstance(data, dict):
+        return data
+    inner = {name: f"{key}.{name}".lstrip(".") for name in data}
+    return {name: without(value, free, inner[name]) for name, value in data.items() if inner[name] not in free}
 
 
 def _record(folder: Path) -> dict[str, Any]:
