@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -165,12 +165,15 @@ class Performance:
         return (read_json(run.folder / "outcome.json") or {}).get("state") == "done" and self.is_asked(run)
 
     def is_asked(self, run: Run) -> bool:
-        """Does its folder hold the settings asked for now, but for those that change nothing of what is made?"""
+        """Does its folder hold the settings asked for now, but for those that change nothing of what is made?
+
+        ``steps`` and ``share`` may change when a run goes on, but say how much is made.
+        """
         try:
             old: Any = load(resolve(self.verb.settings), run.folder / "settings.yaml")
         except SettingsError:
             return False
-        free = {"folder", *FREE} - {"steps"}
+        free = {"folder", *FREE} - {"steps", "share"}
         before, asked = (without(one.model_dump(mode="json"), free) for one in (old, run.settings))
         return bool(before == asked)
 

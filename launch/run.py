@@ -14,6 +14,7 @@ import re
 import shlex
 import socket
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -240,10 +241,8 @@ def _held(path: Path, settings: Settings) -> Any:
     """What a folder's settings.yaml says, plain. A setting that there was none of when it was written has its default;
     a file that can no longer be read as such settings counts as it stands."""
     text = _read(path)
-    try:
+    with suppress(SettingsError):
         text = dump(load(type(settings), path))
-    except SettingsError:
-        pass
     return parse(text, "", []).data
 
 

@@ -104,7 +104,7 @@ def test_a_setting_that_is_new_since_the_folder_was_made_has_its_default(tmp_pat
     path = tmp_path / "settings.yaml"
     path.write_text(path.read_text().replace("lr: 0.001\n", "").replace("  workers: 2\n", ""))
     before = path.read_text()
-    with pytest.raises(RunError, match="(?s)-lr: 0.001.*[+]lr: 0.5"):
+    with pytest.raises(RunError, match=r"(?s)-lr: 0\.001.*[+]lr: 0\.5"):
         open_run(tmp_path, Run(folder=tmp_path, lr=0.5), [])
     assert path.read_text() == before
     open_run(tmp_path, Run(folder=tmp_path), [])
@@ -116,7 +116,7 @@ def test_a_setting_that_is_no_longer_is_another_setting(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with (tmp_path / "settings.yaml").open("a") as file:
         file.write("momentum: 0.9\n")
-    with pytest.raises(RunError, match="-momentum: 0.9"):
+    with pytest.raises(RunError, match=r"-momentum: 0\.9"):
         open_run(tmp_path, Run(folder=tmp_path), [])
 
 
