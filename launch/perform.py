@@ -162,7 +162,11 @@ class Performance:
 
     def _is_done(self, run: Run) -> bool:
         """Has it been done, as it is asked for now? More steps are to be done, on another device they were."""
-        return (read_json(run.folder / "outcome.json") or {}).get("state") == "done" and self.is_asked(run)
+        return self.ended_well(run) and self.is_asked(run)
+
+    def ended_well(self, run: Run) -> bool:
+        """Did its last start, whatever its settings were?"""
+        return (read_json(run.folder / "outcome.json") or {}).get("state") == "done"
 
     def is_asked(self, run: Run) -> bool:
         """Does its folder hold the settings asked for now, but for those that change nothing of what is made?
