@@ -197,7 +197,7 @@ def _refuse_busy(folder: Path, last: dict[str, Any]) -> None:
         return
     ended = (read_json(folder / "outcome.json") or {}).get("state")
     job = last_job(folder)
-    jobs = queue() if job is not None and job.cluster == "slurm" else None
+    jobs = queue() if job is not None and job.told else None
     # A job that has failed, or was stopped, may be about to start again; one that is done is only being put away.
     waits = held(job, jobs) if ended != "done" else None
     living = waits is not None or alive(last)

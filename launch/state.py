@@ -66,7 +66,7 @@ def _state(
     ended = outcome.get("state")
     if queued is not None and ended != "done":  # done: the job is only being put away
         return ("queued" if queued.waits else "running"), queued.why
-    gone = asked and job is not None and job.cluster == "slurm"
+    gone = asked and job is not None and job.told
     number = job.id if job is not None else ""
     if ended:
         error = str(outcome.get("error", "")).strip()
@@ -85,4 +85,6 @@ def _state(
             f"job {number} left the queue before it began (an earlier job failed, it was cancelled, or its machine "
             f"does not see {folder}); the same command submits it again"
         )
+    if job is None:
+        return "queued", f"no job is noted; if the queue has none for it (squeue), remove {folder / 'run.json'}"
     return "queued", ""

@@ -124,6 +124,25 @@ def test_a_job_of_somebody_else_with_its_number_is_none_of_it(run: Path, cluster
     assert state(run) == "stopped"
 
 
+def test_a_job_of_another_user_is_not_gone_because_this_ones_queue_does_not_have_it(
+    run: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(run)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    assert state(run) == "running"
+    with pytest.raises(RunError, match="being worked in by process 5 on node7"):
+        open_run(run, Toy(folder=run), [])
+    close_run(run, "failed", error="x")
+    assert state(run) == "failed"
+
+
+def test_a_submission_that_was_killed_says_what_to_do(tmp_path: Path, cluster: Cluster) -> None:
+    run = run_of(tmp_path / "torn")
+    note_start(run, waiting=True)
+    *_, last = told(status_of(run, queue())).splitlines()
+    assert last == f"  no job is noted; if the queue has none for it (squeue), remove {run / 'run.json'}"
+
+
 def test_an_earlier_job_is_none_of_a_later_start(run: Path, cluster: Cluster) -> None:
     begun(run, at="2020-01-01T00:00:00+00:00")
     path = run / "jobs/submitted.jsonl"
