@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from launch.documents import parse, write
@@ -195,11 +196,17 @@ def _refuse_busy(folder: Path, last: dict[str, Any]) -> None:
     """Two writers would spoil each other's files, so the last start must have ended, here or elsewhere."""
     if not last or last.get("pid") == os.getpid():
         return
-    ended = (read_json(folder / "outcome.json") or {}).get("state")
-    job = last_job(folder)
+    outcome = read_json(folder / "outcome.json") or {}
+    ended, job = outcome.get("state"), last_job(folder)
     jobs = queue() if job is not None and job.told else None
     # A job that has failed, or was stopped, may be about to start again; one that is done is only being put away.
     waits = held(job, jobs) if ended != "done" else None
+    again = outcome.get("again") or Stopped(outcome.get("error", "")).signal == "SIGUSR2"
+    if again and jobs is None and job is not None and job.told and which("squeue"):
+        raise RunError(
+            f"squeue does not answer, so nobody can tell whether job {job.id} of {folder} waits to start again; try "
+            "again in a moment"
+        )
     living = waits is not None or alive(last)
     if living is None and ended is None:  # where nobody can tell it is believed to live; else its job has gone
         living = jobs is None or job is None or not job.since(last["at"])

@@ -203,3 +203,15 @@ def test_a_run_whose_job_waits_to_start_again_is_busy(run: Path, cluster: Cluste
         open_run(run, Toy(folder=run), [])
     cluster.holds()
     open_run(run, Toy(folder=run), [])
+
+
+def test_a_run_whose_job_may_wait_to_start_again_is_not_begun_while_the_queue_is_silent(
+    run: Path, cluster: Cluster
+) -> None:
+    begun(run)
+    close_run(run, "stopped", error="stopped by SIGUSR2 after step 3")
+    cluster.refuses("squeue", "Unable to contact slurm controller")
+    with pytest.raises(RunError, match=f"squeue does not answer, .* job 17 of {run} waits to start again"):
+        open_run(run, Toy(folder=run), [])
+    (cluster.folder / "squeue").write_text("#!/bin/sh\n")
+    open_run(run, Toy(folder=run), [])
