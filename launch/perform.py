@@ -25,6 +25,7 @@ from launch.run import (
     command,
     open_run,
     read_json,
+    refuse_others,
     say,
     without,
 )
@@ -188,6 +189,7 @@ class Performance:
             begun = _oldest(run.folder)
             for before in (known[folder] for folder in run.needs if begun is not None):
                 if not self._is_done(before):
+                    refuse_others(before.folder, before.settings, FREE)  # else it is to be done again, and may be
                     raise RunError(
                         f"{run.folder} holds what was made from {before.name}, which is yet to be done, or done again "
                         f"with other settings; move {run.folder} away, or put the settings of {before.name} back"

@@ -39,6 +39,7 @@ __all__ = [
     "now",
     "open_run",
     "read_json",
+    "refuse_others",
     "say",
     "without",
     "write_text",
@@ -113,7 +114,7 @@ def open_run(
         raise RunError(f"{file} is a file, so {folder} cannot be the run folder; choose another folder=") from None
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from None
-    _refuse_others(folder, settings, {"folder", *free}, remedy)
+    refuse_others(folder, settings, free, remedy)
     record = _record(folder)
     _refuse_busy(folder, record["starts"][-1] if record["starts"] else {})
     start = {
@@ -221,7 +222,9 @@ def _refuse_busy(folder: Path, last: dict[str, Any]) -> None:
     )
 
 
-def _refuse_others(folder: Path, settings: Settings, free: Collection[str], remedy: str) -> None:
+def refuse_others(folder: Path, settings: Settings, free: Collection[str] = (), remedy: str = "") -> None:
+    """Raise RunError, with the difference, where the folder holds what was made with other settings; see `open_run`."""
+    free = {"folder", *free}
     path = folder / "settings.yaml"
     if not path.exists():
         return

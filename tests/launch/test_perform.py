@@ -142,6 +142,10 @@ def test_what_was_made_from_a_link_that_is_done_anew_is_refused(capsys: pytest.C
     assert main([*CHAIN, "a.steps=5"]) == 2
     assert "r/b holds what was made from a, which is yet to be done, or done again" in capsys.readouterr().err
     assert len(starts("r/a")) == 1
+    assert main([*CHAIN, "b.size=5"]) == 2
+    assert (
+        "r/b holds a run with other settings; choose another folder=, or put these back:\n" in capsys.readouterr().err
+    )
     assert main(["linked", "folder=r/a", "steps=5"]) == 0  # by hand
     os.utime("r/b/starts", (1, 1))
     assert main([*CHAIN, "a.steps=5"]) == 0
