@@ -182,7 +182,8 @@ def _ended(
     print(f"{len(made)} of {len(made) + len(refused)} images have their label map in {settings.folder}")
     if settings.dicom == "auto" and (objects := [path.name for path in made if path.suffix == ".dcm"]):
         print(f"as DICOM SEG, since their slices lean or lie unevenly: {', '.join(objects)}")
-    if gone := sorted(read_record(settings.folder).keys() - images.keys()):
+    gone = sorted(read_record(settings.folder).keys() - images.keys()) if settings.share is None else ()
+    if gone:
         more = ", ..." if len(gone) > 10 else ""
         print(f"{RECORD} names {len(gone)} case(s) of images that are no longer there: {', '.join(gone[:10])}{more}")
     scores = f"folder={settings.folder}_scores"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def _parse(words: Sequence[str]) -> Command:
     if verb and verb not in VERBS:
         raise UsageError(f"no such verb {verb!r}{near(verb, VERBS)} (there are: {', '.join(VERBS)})")
     if verb and VERBS[verb].word and len(configs) == 1 and not _is_file(configs[0]):
-        overrides.insert(0, f"{VERBS[verb].word}={configs.pop()}")
+        overrides.insert(0, f"{VERBS[verb].word}={json.dumps(configs.pop(), ensure_ascii=False)}")  # 2025 is text, too
     if "--extend" in flags and verb:
         if not VERBS[verb].grows:
             raise UsageError(f"{verb} has nothing to extend; --extend is for curate")

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -51,7 +51,8 @@ _PENDING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPE
 class Job:
     """One submission: ``id`` ("17", "17_3" in an array) at the cluster, ``name`` in its queue, where its output goes.
 
-    ``cluster`` is slurm, local or debug; only jobs of slurm are in a queue. ``at`` is the time of submission.
+    ``cluster`` is slurm, local or debug; only jobs of slurm are in a queue. ``at`` is the time of submission, ``user``
+    the number of who submitted it.
     """
 
     id: str
@@ -59,10 +60,16 @@ class Job:
     cluster: str
     output: str
     at: str
+    user: int = field(default_factory=os.getuid)
 
     def log(self, rank: int = 0, kind: str = "out") -> Path:
         """What rank ``rank`` printed (``out``), or wrote to standard error (``err``), over all starts of the job."""
         return Path(self.output) / f"{self.id}_{rank}_log.{kind}"
+
+    @property
+    def told(self) -> bool:
+        """Would `queue`, which tells of this user's jobs alone, tell of it while the cluster has it?"""
+        return self.cluster == "slurm" and self.user == os.getuid()
 
     @property
     def order(self) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,7 +15,20 @@ from typing import Any
 from launch.call import resolve
 from launch.plan import Plan, Run
 from launch.ranks import RankFailed
-from launch.run import OWN, USER_ERRORS, Outcome, RunError, Stopped, close_run, command, open_run, read_json, say
+from launch.run import (
+    OWN,
+    USER_ERRORS,
+    Outcome,
+    RunError,
+    Stopped,
+    close_run,
+    command,
+    open_run,
+    read_json,
+    refuse_others,
+    say,
+    without,
+)
 from launch.settings import SettingsError, load
 from launch.verbs import FREE, Verb
 
@@ -150,16 +163,23 @@ class Performance:
 
     def _is_done(self, run: Run) -> bool:
         """Has it been done, as it is asked for now? More steps are to be done, on another device they were."""
-        return (read_json(run.folder / "outcome.json") or {}).get("state") == "done" and self.is_asked(run)
+        return self.ended_well(run) and self.is_asked(run)
+
+    def ended_well(self, run: Run) -> bool:
+        """Did its last start, whatever its settings were?"""
+        return (read_json(run.folder / "outcome.json") or {}).get("state") == "done"
 
     def is_asked(self, run: Run) -> bool:
-        """Does its folder hold the settings asked for now, but for those that change nothing of what is made?"""
+        """Does its folder hold the settings asked for now, but for those that change nothing of what is made?
+
+        ``steps`` and ``share`` may change when a run goes on, but say how much is made.
+        """
         try:
             old: Any = load(resolve(self.verb.settings), run.folder / "settings.yaml")
         except SettingsError:
             return False
-        free = {"folder", *FREE} - {"steps"}
-        before, asked = (_without(one.model_dump(mode="json"), free) for one in (old, run.settings))
+        free = {"folder", *FREE} - {"steps", "share"}
+        before, asked = (without(one.model_dump(mode="json"), free) for one in (old, run.settings))
         return bool(before == asked)
 
     def check_chain(self) -> None:
@@ -171,6 +191,7 @@ class Performance:
             begun = _oldest(run.folder)
             for before in (known[folder] for folder in run.needs if begun is not None):
                 if not self._is_done(before):
+                    refuse_others(before.folder, before.settings, FREE)  # else it is to be done again, and may be
                     raise RunError(
                         f"{run.folder} holds what was made from {before.name}, which is yet to be done, or done again "
                         f"with other settings; move {run.folder} away, or put the settings of {before.name} back"
@@ -206,11 +227,3 @@ def _oldest(folder: Path) -> float | None:
             if not apart and path.is_file():
                 found.append(path.stat().st_mtime)
     return min(found, default=None)
-
-
-def _without(data: Any, free: Collection[str], key: str = "") -> Any:
-    """Plain settings without those at the dotted keys in ``free``."""
-    if not isinstance(data, dict):
-        return data
-    inner = {name: f"{key}.{name}".lstrip(".") for name in data}
-    return {name: _without(value, free, inner[name]) for name, value in data.items() if inner[name] not in free}

@@ -14,15 +14,17 @@ import re
 import shlex
 import socket
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from launch.documents import parse, write
 from launch.jobs import held, last_job, queue
 from launch.origin import origin
-from launch.settings import Settings, dump
+from launch.settings import Settings, SettingsError, dump, load
 
 __all__ = [
     "USER_ERRORS",
@@ -37,7 +39,9 @@ __all__ = [
     "now",
     "open_run",
     "read_json",
+    "refuse_others",
     "say",
+    "without",
     "write_text",
 ]
 
@@ -110,7 +114,7 @@ def open_run(
         raise RunError(f"{file} is a file, so {folder} cannot be the run folder; choose another folder=") from None
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from None
-    _refuse_others(folder, settings, {"folder", *free}, remedy)
+    refuse_others(folder, settings, free, remedy)
     record = _record(folder)
     _refuse_busy(folder, record["starts"][-1] if record["starts"] else {})
     start = {
@@ -193,11 +197,17 @@ def _refuse_busy(folder: Path, last: dict[str, Any]) -> None:
     """Two writers would spoil each other's files, so the last start must have ended, here or elsewhere."""
     if not last or last.get("pid") == os.getpid():
         return
-    ended = (read_json(folder / "outcome.json") or {}).get("state")
-    job = last_job(folder)
-    jobs = queue() if job is not None and job.cluster == "slurm" else None
+    outcome = read_json(folder / "outcome.json") or {}
+    ended, job = outcome.get("state"), last_job(folder)
+    jobs = queue() if job is not None and job.told else None
     # A job that has failed, or was stopped, may be about to start again; one that is done is only being put away.
     waits = held(job, jobs) if ended != "done" else None
+    again = outcome.get("again") or Stopped(outcome.get("error", "")).signal == "SIGUSR2"
+    if again and jobs is None and job is not None and job.told and which("squeue"):
+        raise RunError(
+            f"squeue does not answer, so nobody can tell whether job {job.id} of {folder} waits to start again; try "
+            "again in a moment"
+        )
     living = waits is not None or alive(last)
     if living is None and ended is None:  # where nobody can tell it is believed to live; else its job has gone
         living = jobs is None or job is None or not job.since(last["at"])
@@ -212,11 +222,13 @@ def _refuse_busy(folder: Path, last: dict[str, Any]) -> None:
     )
 
 
-def _refuse_others(folder: Path, settings: Settings, free: Collection[str], remedy: str) -> None:
+def refuse_others(folder: Path, settings: Settings, free: Collection[str] = (), remedy: str = "") -> None:
+    """Raise RunError, with the difference, where the folder holds what was made with other settings; see `open_run`."""
+    free = {"folder", *free}
     path = folder / "settings.yaml"
     if not path.exists():
         return
-    old, new = (_without(text, free) for text in (_read(path), dump(settings)))
+    old, new = (write(without(data, free)) for data in (_held(path, settings), parse(dump(settings), "", []).data))
     if old == new or not _has_work(folder):
         return
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), str(path), "settings given now", lineterm="", n=2)
@@ -235,16 +247,21 @@ def _has_work(folder: Path) -> bool:
     return any(path.name not in OWN and path.is_file() and path.stat().st_size for path in made)
 
 
-def _without(text: str, free: Collection[str]) -> str:
-    data = parse(text, "", []).data
-    for key in free:
-        *around, last = key.split(".")
-        group = data
-        for part in around:
-            group = group.get(part) if isinstance(group, dict) else None
-        if isinstance(group, dict):
-            group.pop(last, None)
-    return write(data)
+def _held(path: Path, settings: Settings) -> Any:
+    """What a folder's settings.yaml says, plain. A setting that there was none of when it was written has its default;
+    a file that can no longer be read as such settings counts as it stands."""
+    text = _read(path)
+    with suppress(SettingsError):
+        text = dump(load(type(settings), path))
+    return parse(text, "", []).data
+
+
+def without(data: Any, free: Collection[str], key: str = "") -> Any:
+    """Plain settings without those at the dotted keys in ``free``."""
+    if not isinstance(data, dict):
+        return data
+    inner = {name: f"{key}.{name}".lstrip(".") for name in data}
+    return {name: without(value, free, inner[name]) for name, value in data.items() if inner[name] not in free}
 
 
 def _record(folder: Path) -> dict[str, Any]:

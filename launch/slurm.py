@@ -9,7 +9,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -282,13 +283,17 @@ class Slurm(Settings):
 
 @contextmanager
 def as_outside_a_job() -> Iterator[None]:
-    """This process may be a job itself, whose size sbatch would take for that of the new ones."""
+    """This process may be a job itself, whose size sbatch would take for that of the new ones.
+
+    submitit prints what sbatch said of a mistake; its error tells that as well, and once is enough.
+    """
     from submitit.helpers import clean_env
 
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with clean_env():
-        os.environ |= configuration
-        yield
+    with redirect_stderr(StringIO()):
+        if "SLURM_JOB_ID" not in os.environ:
+            yield
+            return
+        configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+        with clean_env():
+            os.environ |= configuration
+            yield

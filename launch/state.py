@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from launch.attempts import Attempt, read_attempts
 from launch.jobs import Job, Queued, held, last_job
-from launch.run import RunError, alive, read_json
+from launch.run import RunError, alive, command, read_json
 
 __all__ = ["RunState", "state_of"]
 
@@ -66,7 +66,7 @@ def _state(
     ended = outcome.get("state")
     if queued is not None and ended != "done":  # done: the job is only being put away
         return ("queued" if queued.waits else "running"), queued.why
-    gone = asked and job is not None and job.cluster == "slurm"
+    gone = asked and job is not None and job.told
     number = job.id if job is not None else ""
     if ended:
         error = str(outcome.get("error", "")).strip()
@@ -80,11 +80,17 @@ def _state(
             return "running", ""
         how = "ended without a word (out of time before it had saved, killed, cancelled, or its machine was lost)"
         return "stopped", f"job {number} {how}; the same command goes on" if gone else ""
-    if gone and job is not None and (errors := job.log(kind="err")).exists():
-        return "stopped", f"job {number} ended before its work began; see {errors}. The same command submits it again"
+    if gone and job is not None and job.log(kind="err").is_file():
+        said = command("logs", str(folder), "kind=err")
+        return (
+            "stopped",
+            f"job {number} ended before its work began ({said} tells why); the same command submits it again",
+        )
     if gone:
         return "stopped", (
             f"job {number} left the queue before it began (an earlier job failed, it was cancelled, or its machine "
             f"does not see {folder}); the same command submits it again"
         )
+    if job is None:
+        return "queued", f"no job is noted; if the queue has none for it (squeue), remove {folder / 'run.json'}"
     return "queued", ""

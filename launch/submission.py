@@ -27,7 +27,7 @@ def submit(work: Performance, cluster: Slurm) -> Outcome:
     """
     cluster.check()
     work.check_chain()
-    listed = queue() if work.plan.many else None  # before it is asked what is done: in between a job may end
+    listed = queue()  # before it is asked what is done: in between a job may end
     wanted = work.wanted()
     folders = {run.folder for run in wanted}
     for run in work.plan.whole:
@@ -71,14 +71,14 @@ class Submission:
     def _is_free(self, run: Run) -> bool:
         """Is it to be submitted? Its job may still be in the queue, and is left unless it waits for one that failed."""
         job = last_job(run.folder)
-        found = held(job, self.listed)  # a run that is asked for alone is refused by its folder
-        if job is None or found is None:
+        found = held(job, self.listed)
+        if job is None or found is None or self.work.ended_well(run):  # then the job is only being put away
             return True
         remedy = f"end that first (axial cancel folder={run.folder})"
         if not self.work.is_asked(run):
             raise RunError(f"{run.folder} is at work as job {job.id} with other settings; put them back, or {remedy}")
         if not self.sent.intersection(run.needs):
-            self.work.say_it(f"{run.name}: still at work as job {job.id}")
+            self.work.say_it(f"{run.name or run.folder}: still at work as job {job.id}")
             self.jobs[run.folder] = job
             return False
         if not found.waits:
@@ -105,7 +105,15 @@ class Submission:
             if run.folder in self.jobs and run.folder not in self.waited:
                 self.waited.add(run.folder)
                 with self.work.noted(run, job=True):
-                    self.work.outcomes.append(self.cluster.wait_for(run.folder, self.jobs[run.folder]))
+                    self.work.outcomes.append(self._ended(run))
+
+    def _ended(self, run: Run) -> Outcome:
+        try:
+            return self.cluster.wait_for(run.folder, self.jobs[run.folder])
+        except KeyboardInterrupt as error:
+            remedy = f"axial cancel folder={self.work.plan.folder} ends it, the same command waits again"
+            error.add_note(f"job {self.jobs[run.folder].id} goes on without this command; {remedy}")
+            raise
 
 
 def scripts(work: Performance, cluster: Slurm) -> Iterator[str]:

@@ -103,9 +103,10 @@ VERBS = {
     ),
 }
 
-# What may change when a run goes on: how fast and where it is, what is told of it, and how long (schedules follow).
+# What may change when a run goes on: how fast and where it is, what is told of it, and how much of it is done: steps
+# (schedules follow), the share of a part.
 FREE = (
-    "steps", "device", "workers", "data.workers", "data.prefetch", "data.start_method", "data.max_unreadable",
+    "steps", "share", "device", "workers", "data.workers", "data.prefetch", "data.start_method", "data.max_unreadable",
     "data.max_unreadable_share", "data.max_worker_deaths", "patches.workers", "patches.ahead", "prepare_workers",
     "timeout_s", "memory_gib", "extend", "parallel", "checkpoint", "log", "watch", "watchdog", "gc_every", "max_bad",
     "method.cache", "cache", "window.memory_gib", "window.batch_size",

@@ -13,6 +13,9 @@ import pytest
 from data_curation import phantom
 from downstream import finetune, predict
 from downstream.record import read_record
+from launch.perform import Performance
+from launch.plan import one, parted
+from launch.verbs import VERBS
 from tests.downstream.random_models import saved
 from tests.downstream.test_continuing import settings as finetuning
 
@@ -61,11 +64,11 @@ def test_the_whole_takes_up_what_its_parts_made(
     shared = [set(read_record(part.folder)) for part in cut]
     assert sum(map(len, shared)) == len(set().union(*shared)) == 6
     predicted: list[str] = []
-    one = predict.predict_image
+    real = predict.predict_image
 
     def seen(ensemble: Any, founds: Any, path: Path, *more: Any) -> None:
         predicted.append(path.name)
-        one(ensemble, founds, path, *more)
+        real(ensemble, founds, path, *more)
 
     monkeypatch.setattr(predict, "predict_image", seen)
     assert predict.main(whole).ok
@@ -91,6 +94,23 @@ def test_what_a_part_did_not_make_the_whole_makes(model: Path, images: Path, tmp
     assert not (whole.folder / f"{mine[0]}.nii.gz").samefile(first.folder / f"{mine[0]}.nii.gz")
     predict.main(second)
     assert not maps(second.folder), "the whole has them all"
+
+
+def test_another_number_of_parts_goes_on_with_what_is_there(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb = VERBS["predict"]
+    alone = one(verb, None, [f"model={model}", f"images={images}", f"folder={tmp_path / 'whole'}"])
+    for most, names in ((2, ["parts/000"]), (3, ["parts/000", "parts/001", "parts/002", "all"])):
+        work = Performance(parted(alone, verb, most), verb, ["axial", "predict"])
+        runs = work.wanted() if most > 2 else work.wanted()[:1]
+        assert [run.name for run in runs] == names
+        for run in runs:
+            assert work.opened(run)
+            with work.noted(run):
+                work.outcomes.append(predict.main(run.settings))
+    assert len(maps(tmp_path / "whole")) == 5
+    assert "no longer there" not in capsys.readouterr().out
 
 
 def test_maps_of_another_model_are_not_taken_up(model: Path, images: Path, tmp_path: Path) -> None:

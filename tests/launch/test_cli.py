@@ -221,6 +221,14 @@ def test_a_word_that_is_no_file_fills_the_setting_of_the_verb(
     assert capsys.readouterr().out.startswith("axial toy [MODE | CONFIG.yaml] [key=value ...]: a toy\n")
 
 
+def test_a_folder_may_be_called_by_a_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(VERBS, "toy", Verb("a toy", "toy_verb:main", "toy_verb:Settings", run=True, word="folder"))
+    assert main(["toy", "20260101", "steps=1"]) == 0
+    assert Path("20260101/run.json").exists()
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -142,6 +142,10 @@ def test_what_was_made_from_a_link_that_is_done_anew_is_refused(capsys: pytest.C
     assert main([*CHAIN, "a.steps=5"]) == 2
     assert "r/b holds what was made from a, which is yet to be done, or done again" in capsys.readouterr().err
     assert len(starts("r/a")) == 1
+    assert main([*CHAIN, "b.size=5"]) == 2
+    assert (
+        "r/b holds a run with other settings; choose another folder=, or put these back:\n" in capsys.readouterr().err
+    )
     assert main(["linked", "folder=r/a", "steps=5"]) == 0  # by hand
     os.utime("r/b/starts", (1, 1))
     assert main([*CHAIN, "a.steps=5"]) == 0
@@ -219,6 +223,34 @@ def test_links_are_jobs_that_wait_for_one_another(cluster: Cluster, capsys: pyte
     assert main(words) == 0
     assert "all 3 runs in r are done" in capsys.readouterr().out
     assert len(cluster.sent) == 5
+
+
+def test_a_run_whose_job_waits_is_left_alone(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["linked", "folder=r", "--on", "slurm.yaml"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().out == "r: still at work as job 1\nnext: axial status folder=r\n"
+    assert main([*words, "size=3"]) == 2
+    assert "r is at work as job 1 with other settings; put them back, or end that first" in capsys.readouterr().err
+    cluster.end("r")
+    cluster.queue["1", "axial-r"] = Queued("COMPLETING", "None")
+    assert main(words) == 0  # asked for again, while SLURM puts the old job away
+    assert cluster.sent == [(["r"], [])] * 2
+
+
+def test_who_no_longer_waits_for_a_job_is_told_that_it_goes_on(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait_for(self: Slurm, folder: Path, job: Job) -> Outcome:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Slurm, "wait_for", wait_for)
+    Path("wait.yaml").write_text("kind: slurm\nwait: true\n")
+    for _ in range(2):
+        assert main(["linked", "folder=r", "--on", "wait.yaml"]) == 130
+        assert "\njob 1 goes on without this command; axial cancel folder=r ends it" in capsys.readouterr().err
+    assert len(cluster.sent) == 1
 
 
 def test_the_points_of_a_sweep_are_one_array(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,28 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     assert len(starts(tmp_path)) == 1
 
 
+def test_a_setting_that_is_new_since_the_folder_was_made_has_its_default(tmp_path: Path) -> None:
+    open_run(tmp_path, Run(folder=tmp_path), [])
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    path = tmp_path / "settings.yaml"
+    path.write_text(path.read_text().replace("lr: 0.001\n", "").replace("  workers: 2\n", ""))
+    before = path.read_text()
+    with pytest.raises(RunError, match=r"(?s)-lr: 0\.001.*[+]lr: 0\.5"):
+        open_run(tmp_path, Run(folder=tmp_path, lr=0.5), [])
+    assert path.read_text() == before
+    open_run(tmp_path, Run(folder=tmp_path), [])
+    assert load(Run, path) == Run(folder=tmp_path)
+
+
+def test_a_setting_that_is_no_longer_is_another_setting(tmp_path: Path) -> None:
+    open_run(tmp_path, Run(folder=tmp_path), [])
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with (tmp_path / "settings.yaml").open("a") as file:
+        file.write("momentum: 0.9\n")
+    with pytest.raises(RunError, match=r"-momentum: 0\.9"):
+        open_run(tmp_path, Run(folder=tmp_path), [])
+
+
 def test_a_folder_with_nothing_but_a_cache_takes_other_settings(tmp_path: Path) -> None:
     open_run(tmp_path, Run(folder=tmp_path), [])
     (tmp_path / "cache").mkdir()

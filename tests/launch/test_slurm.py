@@ -158,13 +158,16 @@ def test_the_tasks_of_a_verb_are_begun_by_the_same_words(tmp_path: Path, program
         "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
     ],
 )
-def test_a_refusal_is_one_line_and_the_run_can_be_submitted_again(tmp_path: Path, program: Program, said: str) -> None:
+def test_a_refusal_is_one_line_and_the_run_can_be_submitted_again(
+    tmp_path: Path, program: Program, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     program("sbatch", f"echo '{said}' >&2; exit 1")
     folder = tmp_path / "run"
     with pytest.raises(RunError, match=r"^sbatch refused the job: ") as caught:
         Slurm().submit([call(folder)], folder / "jobs", "run")
     assert said.removeprefix("sbatch: error: ") in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", ""), "nor is it printed beside the error"
     assert last_job(folder) is None
     assert (read_json(folder / "outcome.json") or {})["state"] == "failed"
     program("sbatch", "echo Submitted batch job 17")

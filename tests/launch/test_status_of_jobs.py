@@ -111,13 +111,11 @@ def test_a_job_that_left_the_queue_before_it_began(run: Path, cluster: Cluster) 
     )
 
 
-def test_a_job_that_ended_before_its_work_began_has_said_why(run: Path, cluster: Cluster) -> None:
-    """A line of setup ended the script, or there is no Python."""
-    errors = run / "jobs/17_0_log.err"
-    errors.write_text("bash: line 7: /venv/bin/python: No such file or directory\n")
-    assert told(status_of(run, queue())).splitlines()[1] == (
-        f"  job 17 ended before its work began; see {errors}. The same command submits it again"
-    )
+def test_a_job_whose_start_failed_points_to_what_it_printed(run: Path, cluster: Cluster) -> None:
+    (run / "jobs/17_0_log.err").write_text("apptainer: command not found\n")
+    status = status_of(run, queue())
+    said = f"(axial logs {run} kind=err tells why); the same command submits it again"
+    assert (status.state, status.error) == ("stopped", f"job 17 ended before its work began {said}")
 
 
 def test_where_no_queue_answers_the_files_are_believed(run: Path, cluster: Cluster) -> None:
@@ -132,6 +130,25 @@ def test_where_no_queue_answers_the_files_are_believed(run: Path, cluster: Clust
 def test_a_job_of_somebody_else_with_its_number_is_none_of_it(run: Path, cluster: Cluster) -> None:
     cluster.holds(("17", "RUNNING", "None", "interactive"))
     assert state(run) == "stopped"
+
+
+def test_a_job_of_another_user_is_not_gone_because_this_ones_queue_does_not_have_it(
+    run: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(run)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    assert state(run) == "running"
+    with pytest.raises(RunError, match="being worked in by process 5 on node7"):
+        open_run(run, Toy(folder=run), [])
+    close_run(run, "failed", error="x")
+    assert state(run) == "failed"
+
+
+def test_a_submission_that_was_killed_says_what_to_do(tmp_path: Path, cluster: Cluster) -> None:
+    run = run_of(tmp_path / "torn")
+    note_start(run, waiting=True)
+    *_, last = told(status_of(run, queue())).splitlines()
+    assert last == f"  no job is noted; if the queue has none for it (squeue), remove {run / 'run.json'}"
 
 
 def test_an_earlier_job_is_none_of_a_later_start(run: Path, cluster: Cluster) -> None:
@@ -193,4 +210,16 @@ def test_a_run_whose_job_waits_to_start_again_is_busy(run: Path, cluster: Cluste
     with pytest.raises(RunError, match="being worked in by job 18"):
         open_run(run, Toy(folder=run), [])
     cluster.holds()
+    open_run(run, Toy(folder=run), [])
+
+
+def test_a_run_whose_job_may_wait_to_start_again_is_not_begun_while_the_queue_is_silent(
+    run: Path, cluster: Cluster
+) -> None:
+    begun(run)
+    close_run(run, "stopped", error="stopped by SIGUSR2 after step 3")
+    cluster.refuses("squeue", "Unable to contact slurm controller")
+    with pytest.raises(RunError, match=f"squeue does not answer, .* job 17 of {run} waits to start again"):
+        open_run(run, Toy(folder=run), [])
+    (cluster.folder / "squeue").write_text("#!/bin/sh\n")
     open_run(run, Toy(folder=run), [])
