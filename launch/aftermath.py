@@ -1,8 +1,8 @@
 """What a job's batch script does when the job's processes have ended: note how, and say whether it is to go on.
 
 ``python -m launch.aftermath PLAN CODE [BLIND_NODE ...]``; PLAN is the file that `launch.slurm` wrote at submission,
-CODE srun's exit code. Exit codes: 0 done, 75 back to the queue, 1 ended for now. It runs on the job's first machine
-even where every process was killed, which is why it is no part of them.
+CODE srun's exit code, $AXIAL_JOB what SLURM says of the job. Exit codes: 0 done, 75 back to the queue, 1 ended for now.
+It runs on the job's first machine even where every process was killed, which is why it is no part of them.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ def main(plan: str, code: str, *blind: str) -> int:
 
 
 def _stopped(folder: Path, job: str, text: str, requeues: int) -> int:
-    """A job that was cancelled stays so; one that was warned goes back to the queue."""
-    if Stopped(text).signal != WARNING:
+    """A job that was told to end stays so; one that was warned, or is pre-empted, goes back to the queue.
+
+    Most clusters pre-empt by SIGTERM too, and take a job back only if it is still there when its grace is over.
+    """
+    preempted = re.search(r"\bPreemptTime=\d", os.environ.get("AXIAL_JOB", ""))
+    if Stopped(text).signal != WARNING and not preempted:
         return ENDED
     step = newest_checkpoint(folder)
     note_attempt(folder, Attempt(job, restarted(), "warned", step, step, text))

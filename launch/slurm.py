@@ -262,11 +262,13 @@ class Slurm(Settings):
             *self._lines,
             "set +eu",  # such a line of the user's would end the script where it is to see to the end of the work
             "axial_ended() {",
-            f'  {self.python_words} -m launch.aftermath {file} "$@"',
-            "  local code=$? try",
-            f'  if [ "$code" = {AGAIN} ]; then',
             # An element by both its numbers: the job number of the last is also that of the whole array.
-            '    local job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"',
+            '  local code try job="$SLURM_JOB_ID"',
+            '  if [ -n "$SLURM_ARRAY_JOB_ID" ]; then job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi',
+            '  export AXIAL_JOB="$(scontrol show job -o "$job")"',  # here, as a container has no scontrol
+            f'  {self.python_words} -m launch.aftermath {file} "$@"',
+            "  code=$?",
+            f'  if [ "$code" = {AGAIN} ]; then',
             '    for try in 1 2 3; do scontrol requeue "$job" && sleep 120; sleep 10; done',
             "  fi",
             '  exit "$code"',

@@ -11,7 +11,7 @@ from types import FrameType
 from launch.attempts import Attempt, against_another, newest_checkpoint, note_attempt, read_attempts, step_of
 from launch.call import Call
 from launch.head import head
-from launch.run import Outcome, Stopped, close_run, may_pass, note_start, say
+from launch.run import Outcome, Stopped, close_run, may_pass, note_start, read_json, say
 
 __all__ = ["Task", "restarted"]
 
@@ -62,10 +62,15 @@ def restarted() -> int:
 
 
 def _lost(task: Task, job: str) -> str:
-    """Note a start before this one that ended without a word; what speaks against going on, else ""."""
+    """Note the start before this one where its script could not; what speaks against going on, else ""."""
     folder, before = task.call.folder, restarted() - 1
     known = read_attempts(folder, job)
     if before < 0 or any(attempt.restart == before for attempt in known):
+        return ""
+    ended = read_json(folder / "outcome.json") or {}
+    if ended.get("state") == "stopped":  # by the SIGTERM that comes when a job is sent back, which ends its script too
+        kept = newest_checkpoint(folder)
+        note_attempt(folder, Attempt(job, before, "warned", kept, kept, str(ended["error"])))
         return ""
     reason = "its machine went away, or somebody sent the job back to the queue"
     lost = Attempt(job, before, "lost", step_of(folder), newest_checkpoint(folder), reason)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch import aftermath
+from launch import aftermath, task
 from launch.attempts import read_attempts
 from launch.beats import Beat, write_beat
 from launch.call import Call
@@ -72,6 +72,15 @@ def test_a_warned_job_goes_back_so_often_and_a_cancelled_one_does_not(
     close_run(run, "stopped", error="stopped by SIGTERM after step 3")
     assert ended(run) == ENDED
     assert outcome(run)["error"] == "stopped by SIGTERM after step 3"
+
+
+def test_a_job_that_is_preempted_by_sigterm_goes_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close_run(run, "stopped", error="stopped by SIGTERM after step 3")
+    monkeypatch.setenv("AXIAL_JOB", "JobId=17 JobState=RUNNING PreemptTime=None Reason=None")
+    assert ended(run) == ENDED
+    monkeypatch.setenv("AXIAL_JOB", "JobId=17 JobState=RUNNING PreemptTime=2026-11-22T09:17:32 Reason=None")
+    assert ended(run) == AGAIN
+    assert [attempt.how for attempt in read_attempts(run)] == ["warned"]
 
 
 def test_an_error_that_may_pass_is_tried_again_and_a_mistake_is_not(run: Path) -> None:
@@ -197,6 +206,14 @@ def test_a_start_that_was_lost_is_noted_by_the_next_one(run: Path, monkeypatch: 
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def test_a_start_that_saved_as_it_was_sent_back_was_not_lost(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for restart in range(1, 5):
+        close_run(run, "stopped", error="stopped by SIGTERM after step 0")
+        assert task._lost(Task(Call("", "", run), restarts=1), "17") == ""
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    assert [attempt.how for attempt in read_attempts(run)] == ["warned"] * 3
 
 
 def test_the_rank_that_fails_first_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,10 +105,11 @@ def run_script(tmp_path: Path, program: Program, slurm: Slurm, **environment: st
 def test_the_script_sees_to_the_end_of_the_work(tmp_path: Path, program: Program) -> None:
     program("scontrol", f'echo "scontrol $*" >> {tmp_path}/asked')
     slurm = Slurm(python="python", setup=("set -euo pipefail",))
-    code, [work, after, *requeued] = run_script(tmp_path, program, slurm)
+    code, [work, asked, after, *requeued] = run_script(tmp_path, program, slurm)
     assert work.startswith("srun ")
     assert work.endswith(f"python -P -u -m submitit.core._submit {tmp_path}/a b'c")
     assert after == f"python -P -m launch.aftermath {tmp_path}/a b'c/PLAN.json 3"
+    assert asked == "scontrol show job -o 21"
     assert requeued[:2] == ["scontrol requeue 21", "sleep 120"]
     assert code == 75
 
@@ -119,13 +120,14 @@ def test_the_last_element_of_an_array_does_not_send_the_others_back(tmp_path: Pa
     place = {"SLURM_ARRAY_JOB_ID": "21", "SLURM_ARRAY_TASK_ID": "1"}
     asked = run_script(tmp_path, program, Slurm(python="python"), **place)[1]
     assert "scontrol requeue 21_1" in asked
+    assert "scontrol show job -o 21_1" in asked
     assert "scontrol requeue 21" not in asked
 
 
 def test_a_controller_that_is_away_for_a_moment_is_asked_again(tmp_path: Path, program: Program) -> None:
     program("scontrol", f'echo "scontrol $*" >> {tmp_path}/asked; exit 1')
     code, asked = run_script(tmp_path, program, Slurm(python="python"))
-    assert asked[2:] == ["scontrol requeue 21", "sleep 10"] * 3
+    assert asked[3:] == ["scontrol requeue 21", "sleep 10"] * 3
     assert code == 75
 
 
