@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from launch.attempts import Attempt, read_attempts
 from launch.jobs import Job, Queued, held, last_job
-from launch.run import RunError, alive, command, read_json
+from launch.run import RunError, alive, read_json
 
 __all__ = ["RunState", "state_of"]
 
@@ -80,12 +80,6 @@ def _state(
             return "running", ""
         how = "ended without a word (out of time before it had saved, killed, cancelled, or its machine was lost)"
         return "stopped", f"job {number} {how}; the same command goes on" if gone else ""
-    if gone and job is not None and job.log(kind="err").is_file():
-        said = command("logs", str(folder), "kind=err")
-        return (
-            "stopped",
-            f"job {number} ended before its work began ({said} tells why); the same command submits it again",
-        )
     if gone:
         return "stopped", (
             f"job {number} left the queue before it began (an earlier job failed, it was cancelled, or its machine "

@@ -111,13 +111,6 @@ def test_a_job_that_left_the_queue_before_it_began(run: Path, cluster: Cluster) 
     )
 
 
-def test_a_job_whose_start_failed_points_to_what_it_printed(run: Path, cluster: Cluster) -> None:
-    (run / "jobs/17_0_log.err").write_text("apptainer: command not found\n")
-    status = status_of(run, queue())
-    said = f"(axial logs {run} kind=err tells why); the same command submits it again"
-    assert (status.state, status.error) == ("stopped", f"job 17 ended before its work began {said}")
-
-
 def test_where_no_queue_answers_the_files_are_believed(run: Path, cluster: Cluster) -> None:
     cluster.refuses("squeue", "Unable to contact slurm controller")
     assert state(run) == "queued"

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from data_curation import phantom
 from launch.cli import main
 from launch.verbs import VERBS, Verb
+from tests.downstream.random_models import saved
 from tests.slurm.conftest import Cluster, tail
 
 
@@ -105,3 +108,24 @@ def test_a_part_that_was_killed_is_done_again_and_then_the_whole(cluster: Cluste
     assert states("r", *parts) == ["done"] * 4, tail(Path("r"))
     assert starts("r", *parts) == [1, 1, 2, 1]
     assert Path("r/missing").read_text() == ""
+
+
+def test_groups_of_images_get_the_label_maps_that_one_run_makes(cluster: Cluster) -> None:
+    phantom.write("nnunet", Path("data"), range(4), shape=(4, 40, 40), spacing=(30.0, 8.0, 8.0), organs=["liver"])
+    words = ["predict", f"model={saved(Path('m.safetensors'))}", "images=data/imagesTr", "device=cpu"]
+    Path("parts.yaml").write_text("kind: slurm\nhours: 0.2\narray: {parts: 2}\n")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the jobs: the order of a sum is that of the threads
+    try:
+        assert main([*words, "folder=here"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    done(cluster, [*words, "folder=there", "--on", "parts.yaml"], "there")
+    parts = [Path(f"there/parts/00{number}") for number in range(2)]
+    assert states("there", *map(str, parts)) == ["done"] * 3, "\n".join(map(tail, [Path("there"), *parts]))
+    maps = sorted(path.name for path in Path("here").glob("*.nii.gz"))
+    assert len(maps) == 4
+    for name in maps:
+        made = Path("there", name)
+        assert made.read_bytes() == Path("here", name).read_bytes(), name
+        assert [(part / name).exists() and made.samefile(part / name) for part in parts].count(True) == 1, name
