@@ -14,7 +14,7 @@ from downstream.cases import CaseError, Dataset, open_dataset, split
 from downstream.crossvalidation import predict_cases, score_maps, scored_weights
 from downstream.model import Header, SegmentationModel, save_model
 from downstream.prepared import Prepared, prepare
-from downstream.segmentation import Segmentation
+from downstream.segmentation import Segmentation, draw
 from downstream.settings import OptimSettings, Settings
 from downstream.training import assemble, data_of, digest, outline, run, speaker
 from downstream.validation import Table, joined, read_report, report
@@ -22,7 +22,7 @@ from launch.distributed import WAIT_S, World, barrier, from_first, world
 from launch.run import Outcome, command
 from pretrain.checkpoint import checkpoint_bytes
 
-__all__ = ["OptimSettings", "Settings", "dry_run", "main", "parts"]
+__all__ = ["OptimSettings", "Settings", "dry_run", "main", "parts", "samples"]
 
 
 def main(settings: Settings) -> Outcome:
@@ -149,6 +149,15 @@ def _prepared(dataset: Dataset, settings: Settings, here: World) -> dict[str, Pr
         barrier()
     found = one(ordered, workers=workers if here.size == 1 else 0, active=first)
     return {case.name: case for case in found}
+
+
+def samples(settings: Settings, step: int) -> list[str]:
+    """Names of the cases that a step (the first is 1) sees, over all ranks; none where every fold has steps."""
+    if settings.split.fold == "all":
+        return []
+    training, _ = _cut(settings, open_dataset(settings.dataset))
+    size = settings.patches.batch_size
+    return [draw(training, settings.seed, index)[0] for index in range((step - 1) * size, step * size)]
 
 
 def dry_run(settings: Settings) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from downstream.prepared import Prepared
 from launch import settings as base
 from launch.distributed import World
 
-__all__ = ["PatchSettings", "Patches", "Segmentation", "Source", "batches", "parameter_groups", "sample"]
+__all__ = ["PatchSettings", "Patches", "Segmentation", "Source", "batches", "draw", "parameter_groups", "sample"]
+
+C = TypeVar("C")
 
 
 class PatchSettings(base.Settings):
@@ -126,6 +128,12 @@ class Source:
     seed: int
 
 
+def draw(cases: Sequence[C], seed: int, index: int) -> tuple[C, np.random.Generator]:
+    """The case of patch number `index` of the run, and what all else of the patch is drawn from."""
+    rng = np.random.default_rng([seed, index])
+    return cases[int(rng.integers(len(cases)))], rng
+
+
 def sample(source: Source, index: int) -> tuple[Tensor, Tensor, str]:
     """Patch number `index` of the run: normalised [n, P, P] (with neighbours [S, n, P, P]), class indices [P, P], name.
 
@@ -133,8 +141,7 @@ def sample(source: Source, index: int) -> tuple[Tensor, Tensor, str]:
     those of the case; its slice is drawn by the number of the class's pixels.
     """
     patches = source.patches
-    rng = np.random.default_rng([source.seed, index])
-    case = source.cases[int(rng.integers(len(source.cases)))]
+    case, rng = draw(source.cases, source.seed, index)
     forced = index % patches.batch_size >= round(patches.batch_size * (1 - patches.foreground))
     present = np.flatnonzero(case.counts[:, 1:].sum(0)) + 1
     focus: tuple[int, int] | None = None

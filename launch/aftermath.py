@@ -1,8 +1,8 @@
 """What a job's batch script does when the job's processes have ended: note how, and say whether it is to go on.
 
 ``python -m launch.aftermath PLAN CODE [BLIND_NODE ...]``; PLAN is the file that `launch.slurm` wrote at submission,
-CODE srun's exit code. Exit codes: 0 done, 75 back to the queue, 1 ended for now. It runs on the job's first machine
-even where every process was killed, which is why it is no part of them.
+CODE srun's exit code, $AXIAL_JOB what SLURM says of the job. Exit codes: 0 done, 75 back to the queue, 1 ended for now.
+It runs on the job's first machine even where every process was killed, which is why it is no part of them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from launch.attempts import Attempt, against_another, newest_checkpoint, note_attempt, read_attempts, step_of
 from launch.call import Call, samples_of
-from launch.jobs import last_job
 from launch.run import Stopped, close_run, read_json
 from launch.task import restarted
 
 __all__ = ["main"]
 
 AGAIN, ENDED = 75, 1
-KILLED = r"Killed|Out Of Memory|Bus error.*|.*core dumped.*"
+WARNING = "SIGUSR2"
+EXITED = "Exited with exit code"  # what the error says better
 OTHERS = "Terminating StepId|CANCELLED AT|Job step aborted"  # from here on processes are ended by SLURM
 SHOWN = 16  # sample keys in the message; a file has all
 
@@ -44,15 +45,20 @@ def main(plan: str, code: str, *blind: str) -> int:
     state = (ended or {}).get("state")
     if state == "done":
         return 0
-    killed = _killed(call.folder)
-    if ended is not None and state == "stopped" and not killed:
+    said = _said(Path(plan).with_name(f"{job}_0_log.err"))
+    died = _died(said)
+    if ended is not None and state == "stopped" and (not died or Stopped(ended["error"]).signal == WARNING):
         return _stopped(call.folder, job, str(ended["error"]), asked["requeues"])
-    return _failed(call, job, ended, killed or f"its processes ended with code {code}", asked["restarts"])
+    return _failed(call, job, ended, _reason(ended, died, said, code), asked["restarts"])
 
 
 def _stopped(folder: Path, job: str, text: str, requeues: int) -> int:
-    """A job that was cancelled stays so; one that was warned goes back to the queue."""
-    if Stopped(text).signal != "SIGUSR2":
+    """A job that was told to end stays so; one that was warned, or is pre-empted, goes back to the queue.
+
+    Most clusters pre-empt by SIGTERM too, and take a job back only if it is still there when its grace is over.
+    """
+    preempted = re.search(r"\bPreemptTime=\d", os.environ.get("AXIAL_JOB", ""))
+    if Stopped(text).signal != WARNING and not preempted:
         return ENDED
     step = newest_checkpoint(folder)
     note_attempt(folder, Attempt(job, restarted(), "warned", step, step, text))
@@ -62,13 +68,12 @@ def _stopped(folder: Path, job: str, text: str, requeues: int) -> int:
     return AGAIN
 
 
-def _failed(call: Call, job: str, ended: dict[str, Any] | None, died: str, restarts: int) -> int:
-    """A mistake stays one. Another error, or a process that ``died``, sends the job back unless much speaks against."""
+def _failed(call: Call, job: str, ended: dict[str, Any] | None, reason: str, restarts: int) -> int:
+    """A mistake stays one. Another error, or a process that died, sends the job back unless much speaks against."""
     folder, state = call.folder, (ended or {}).get("state")
     if ended is not None and state == "failed" and not ended.get("again"):
         return ENDED
     how: Literal["killed", "failed"] = "failed" if state == "failed" else "killed"
-    reason = str(ended["error"]) if ended is not None and state == "failed" else died
     attempt = Attempt(job, restarted(), how, step_of(folder), newest_checkpoint(folder), reason)
     note_attempt(folder, attempt)
     if no := against_another(read_attempts(folder, job), restarts):
@@ -78,15 +83,28 @@ def _failed(call: Call, job: str, ended: dict[str, Any] | None, died: str, resta
     return AGAIN
 
 
-def _killed(folder: Path) -> str:
-    """What srun said of the first process to die in this start: ``rank 1 on node7: Killed``; empty where none did."""
-    job = last_job(folder)
-    if job is None or not job.log(kind="err").exists():
+def _said(errors: Path) -> str:
+    """What was written of this start, until SLURM began to end its processes."""
+    try:
+        written = errors.read_text(errors="replace")
+    except FileNotFoundError:
         return ""
-    said = "\n" + job.log(kind="err").read_text(errors="replace").rpartition("\naxial: start ")[2]
-    first = re.split(OTHERS, said, maxsplit=1)[0]
-    found = re.findall(rf"^srun: error: (\S+): tasks? (\S+): ({KILLED})", first, re.MULTILINE)
-    return f"rank {found[0][1]} on {found[0][0]}: {found[0][2]}" if found else ""
+    return re.split(OTHERS, "\n" + written.rpartition("\naxial: start ")[2], maxsplit=1)[0]
+
+
+def _died(said: str) -> str:
+    """The first process that died, ``rank 1 on node7: Killed``; empty where none did, but by a SIGTERM from outside."""
+    found = re.search(r"^srun: error: (\S+): tasks? (\S+): (?!Terminated)(.+)$", said, re.MULTILINE)
+    return f"rank {found[2]} on {found[1]}: {found[3]}" if found else ""
+
+
+def _reason(ended: dict[str, Any] | None, died: str, said: str, code: str) -> str:
+    """Why the processes ended: by the error of one, by what srun says of one, or by what it says of none."""
+    if ended is not None and ended.get("state") == "failed":
+        # It may be that of a process which lost its peer; or the process came to die of its error.
+        return str(ended["error"]) + (f" ({died})" if died and EXITED not in died else "")
+    told = re.findall(r"^srun: (?:error|fatal): (.+)$", said, re.MULTILINE)
+    return died or (told[-1] if told else f"its processes ended with code {code}")
 
 
 def _samples(call: Call, step: int | None) -> str:
@@ -100,7 +118,8 @@ def _samples(call: Call, step: int | None) -> str:
     if not keys:
         return ""
     path = call.folder / f"samples_of_step_{step}.txt"
-    path.write_text("\n".join(keys) + "\n", encoding="utf-8")
+    with suppress(OSError):  # a full disk, which may be why it failed
+        path.write_text("\n".join(keys) + "\n", encoding="utf-8")
     more = f", ... ({len(keys)} in {path})" if len(keys) > SHOWN else ""
     return f". Samples of step {step}: {', '.join(keys[:SHOWN])}{more}. Look at these, or leave them out of the corpus"
 

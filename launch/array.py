@@ -7,7 +7,6 @@ its other tasks go into a new array.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from uuid import uuid4
 
 from launch.crew import Each, Lost, Workers, workers_for
 from launch.element import Element, Record, read_records
+from launch.jobs import queue
 from launch.run import RunError
 from launch.slurm import Slurm, as_outside_a_job
 from launch.tally import Tally
@@ -203,11 +203,12 @@ class _Run:
             Element(self.function, tuple((n, self.names[n], self.tasks[n]) for n in share), workers, file)
             for share, file in zip(shares, files, strict=True)
         ]
-        executor = submitit.AutoExecutor(self.folder, cluster=slurm.cluster)
+        executor = slurm.executor(self.folder)
         # SLURM must not start a lost element again, since that would do the task that killed it for ever.
-        extra: dict[str, Any] = {"no_requeue": True, **slurm.extra}
+        asked = slurm.parameters("")
+        extra: dict[str, Any] = {"no_requeue": True, **asked.get("slurm_additional_parameters", {})}
         given = {"name": self.array.name, "slurm_array_parallelism": parallel, "slurm_additional_parameters": extra}
-        executor.update_parameters(**(slurm.parameters("") | given))
+        executor.update_parameters(**(asked | given))
         try:
             with as_outside_a_job():
                 jobs = executor.submit_array(elements)
@@ -252,8 +253,8 @@ class _Run:
         held = {element.job.job_id for element in self.out}
         if self.array.slurm.cluster == "local":
             held = {element.job.job_id for element in self.out if not element.job.done()}
-        elif (queued := _queued()) is not None:
-            held = queued
+        elif (jobs := queue()) is not None:
+            held = {number for number, _ in jobs}
         for element in self.out:
             element.gone = float("inf") if element.job.job_id in held else min(element.gone, now)
 
@@ -275,12 +276,3 @@ class _Run:
             text = f"in work in {self.tries[number]} jobs that were lost; last {where}: {element.job.paths.stderr}"
             lost.append((number, Lost("node", text)))
         return lost
-
-
-def _queued() -> set[str] | None:
-    """Ids of the user's jobs that wait or run; None where the queue does not answer."""
-    command = ["squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i"]
-    try:
-        return set(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split())
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -26,8 +26,8 @@ FAILURES = ("failed", "killed", "lost")
 class Attempt:
     """Start number ``restart`` (0: the first) of job ``job`` ended by ``how``, in step ``step`` where that is known.
 
-    warned: out of time or pre-empted, saved. failed: an error. killed: a process died. lost: the machine went away, or
-    somebody sent the job back. ``checkpoint`` is the newest one's step then.
+    warned: out of time, pre-empted or sent back, saved. failed: an error. killed: a process died. lost: the machine
+    went away, or the job was sent back before it could save. ``checkpoint`` is the newest one's step then.
     """
 
     job: str

@@ -127,10 +127,14 @@ def last_job(folder: Path) -> Job | None:
 
 
 def queue() -> Mapping[tuple[str, str], Queued] | None:
-    """The user's jobs that wait or run, by (id, name), elements of arrays one by one; None where no queue answers."""
-    command = ["squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r|%j"]
+    """The user's jobs that wait or run, by (id, name), elements of arrays one by one; None where no queue answers.
+
+    Those in hidden partitions, too, and whatever the user's own variables for squeue leave out.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    command = ["squeue", "-h", "-a", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r|%j"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True)
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True, env=environment)
     except (OSError, subprocess.SubprocessError):
         return None
     rows = (line.split("|", 3) for line in asked.stdout.splitlines() if line.count("|") >= 3)

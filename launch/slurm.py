@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from launch.call import Call
 from launch.jobs import Job, held, note_job, queue
@@ -23,6 +23,9 @@ from launch.ranks import RankFailed
 from launch.run import Outcome, RunError, Stopped, close_run, command, note_start, now, read_json
 from launch.settings import Settings
 from launch.task import Task
+
+if TYPE_CHECKING:
+    import submitit
 
 __all__ = ["ArrayRules", "Slurm", "as_outside_a_job"]
 
@@ -79,6 +82,14 @@ class Slurm(Settings):
     wait: bool = Field(False, description="stay until the job has ended")
     array: ArrayRules = Field(ArrayRules(), description="for verbs that share out tasks, folds, parts and sweeps")
 
+    @model_validator(mode="after")
+    def _warned_in_time(self) -> Slurm:
+        if self.signal_delay_s >= self.hours * 3600:  # else it is warned as it begins, goes back, and so on for ever
+            raise ValueError(
+                f"signal_delay_s ({self.signal_delay_s}) must be less than the {self.hours * 3600:g} s of hours"
+            )
+        return self
+
     @property
     def ranks(self) -> int:
         """Processes of the run."""
@@ -107,7 +118,7 @@ class Slurm(Settings):
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         plan = folder / f"{uuid4().hex[:12]}.json"
-        executor = submitit.AutoExecutor(folder, cluster=self.cluster, **self._python)
+        executor = self.executor(folder)
         executor.update_parameters(**self.parameters(name, plan, len(calls), after, any_end))
         if self.cluster == "slurm":
             listed = [[call.main, call.model, str(call.folder.resolve())] for call in calls]
@@ -142,8 +153,15 @@ class Slurm(Settings):
         return Outcome((f"job {job.id}, its output in {job.log()}",), (command("status", f"folder={call.folder}"),))
 
     @property
-    def _python(self) -> dict[str, str]:
-        return {"slurm_python": self.python} if self.python and self.cluster == "slurm" else {}
+    def python_words(self) -> str:
+        """What starts Python in a job. -P keeps the folder that one submits from off the import path."""
+        return f"{self.python or shlex.quote(sys.executable)} -P"
+
+    def executor(self, folder: Path) -> submitit.AutoExecutor:
+        """submitit's, which leaves script, tasks and output in ``folder``."""
+        import submitit
+
+        return submitit.AutoExecutor(folder, cluster=self.cluster, slurm_python=self.python_words)
 
     def wait_for(self, folder: Path, job: Job) -> Outcome:
         """What became of the job of a run folder, once it has left the queue for good.
@@ -154,8 +172,9 @@ class Slurm(Settings):
             time.sleep(ASK_S if self.cluster == "slurm" else 0.2)
         ended = read_json(folder / "outcome.json")
         if ended is None:
-            seen = f"is {folder} seen by its machine? " if not job.log().exists() else ""
-            raise RunError(f"job {job.id} left the queue without a word; {seen}the same command submits it again")
+            errors = job.log(kind="err")
+            seen = f"see {errors}" if errors.exists() else f"is {folder} seen by its machine?"
+            raise RunError(f"job {job.id} left the queue without a word; {seen} The same command submits it again")
         if ended["state"] == "stopped":
             raise Stopped(str(ended["error"]))
         if ended["error"]:
@@ -192,8 +211,7 @@ class Slurm(Settings):
         if self.memory_gib is not None:
             told["mem"] = f"{self.memory_gib:g}GB"
         told |= {"map_count": count} if count > 1 else {}
-        python = self.python or shlex.quote(sys.executable)
-        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        command = f"{self.python_words} -u -m submitit.core._submit {shlex.quote(str(folder))}"
         return str(_make_sbatch_string(command, folder, **told))
 
     def parameters(
@@ -201,7 +219,7 @@ class Slurm(Settings):
     ) -> dict[str, Any]:
         """Of submitit's update_parameters; what is None is left to the cluster. ``plan``: see launch.aftermath."""
         before, behind = self._around(plan) if plan is not None else (list(self._lines), None)
-        extra = dict(self.extra)
+        extra = {key.replace("-", "_"): value for key, value in self.extra.items()}
         if plan is not None and "no_requeue" not in extra:  # where its machine dies, and by the aftermath
             extra = {"requeue": True, **extra}
         if after:
@@ -238,24 +256,30 @@ class Slurm(Settings):
 
     def _around(self, plan: Path) -> tuple[list[str], list[str]]:
         """Shell lines before and after the work: whatever becomes of it, somebody is there to note it and go on."""
-        python, file = self.python or shlex.quote(sys.executable), shlex.quote(str(plan))
+        file = shlex.quote(str(plan))
         lines = [
             'echo "axial: start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST" >&2',
             *self._lines,
+            "set +eu",  # such a line of the user's would end the script where it is to see to the end of the work
             "axial_ended() {",
-            f'  {python} -P -m launch.aftermath {file} "$@"',
-            "  local code=$?",
-            f'  if [ "$code" = {AGAIN} ]; then scontrol requeue "$SLURM_JOB_ID" && sleep 120; fi',
+            # An element by both its numbers: the job number of the last is also that of the whole array.
+            '  local code try job="$SLURM_JOB_ID"',
+            '  if [ -n "$SLURM_ARRAY_JOB_ID" ]; then job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi',
+            '  export AXIAL_JOB="$(scontrol show job -o "$job")"',  # here, as a container has no scontrol
+            f'  {self.python_words} -m launch.aftermath {file} "$@"',
+            "  code=$?",
+            f'  if [ "$code" = {AGAIN} ]; then',
+            '    for try in 1 2 3; do scontrol requeue "$job" && sleep 120; sleep 10; done',
+            "  fi",
             '  exit "$code"',
             "}",
         ]
         if self.nodes > 1:
-            # Asked before the start: a rank that cannot read its task would let the others wait for it.
-            look = shlex.quote(f'test -e {file} || echo "$SLURMD_NODENAME"')
-            lines += [
-                f"axial_blind=$(srun --ntasks={self.nodes} --ntasks-per-node=1 --cpus-per-task=1 sh -c {look})",
-                '[ -z "$axial_blind" ] || axial_ended 1 $axial_blind',
-            ]
+            # Asked before the start: a rank that cannot read its task would let the others wait for it. The cluster's
+            # own prologue may print, too.
+            look = shlex.quote(f'test -e {file} || echo "axial_blind $SLURMD_NODENAME"')
+            asked = f"srun --ntasks={self.nodes} --ntasks-per-node=1 sh -c {look} | sed -n 's/^axial_blind //p'"
+            lines += [f"axial_blind=$({asked})", '[ -z "$axial_blind" ] || axial_ended 1 $axial_blind']
         return lines, ["axial_ended $?"]
 
 

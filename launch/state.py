@@ -78,8 +78,10 @@ def _state(
         living = alive(start)
         if living or (living is None and not gone):
             return "running", ""
-        how = "ended without a word (killed, cancelled, or its machine was lost)"
+        how = "ended without a word (out of time before it had saved, killed, cancelled, or its machine was lost)"
         return "stopped", f"job {number} {how}; the same command goes on" if gone else ""
+    if gone and job is not None and (errors := job.log(kind="err")).exists():
+        return "stopped", f"job {number} ended before its work began; see {errors}. The same command submits it again"
     if gone:
         return "stopped", (
             f"job {number} left the queue before it began (an earlier job failed, it was cancelled, or its machine "

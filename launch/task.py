@@ -11,7 +11,7 @@ from types import FrameType
 from launch.attempts import Attempt, against_another, newest_checkpoint, note_attempt, read_attempts, step_of
 from launch.call import Call
 from launch.head import head
-from launch.run import Outcome, Stopped, close_run, may_pass, note_start, say
+from launch.run import Outcome, Stopped, close_run, may_pass, note_start, read_json, say
 
 __all__ = ["Task", "restarted"]
 
@@ -32,16 +32,17 @@ class Task:
         if job.cluster != "debug":
             _listen()
         folder = self.call.folder
-        if first:
-            if job.cluster == "slurm" and (no := _lost(self, job.job_id)):
-                close_run(folder, "failed", error=no)
-                return None
-            note_start(folder, job=job.job_id)
-            print(head(folder), flush=True)
+        if first and job.cluster == "slurm" and (no := _lost(self, job.job_id)):
+            close_run(folder, "failed", error=no)
+            raise SystemExit(1)  # not 0: srun is to end the other ranks, who would wait for this one
         try:
+            if first:
+                note_start(folder, job=job.job_id)
+                print(head(folder), flush=True)
             outcome = self.call.execute()
         except Stopped as stop:  # every rank has saved; what now is for the job's aftermath to say
-            if first:
+            # Where another rank has failed that is the cause: srun ends the others by SIGTERM.
+            if first and not (stop.signal == "SIGTERM" and (folder / "outcome.json").exists()):
                 close_run(folder, "stopped", error=str(stop))
             return Outcome(next=(str(stop),)) if first else None
         except BaseException as error:
@@ -61,10 +62,15 @@ def restarted() -> int:
 
 
 def _lost(task: Task, job: str) -> str:
-    """Note a start before this one that ended without a word; what speaks against going on, else ""."""
+    """Note the start before this one where its script could not; what speaks against going on, else ""."""
     folder, before = task.call.folder, restarted() - 1
     known = read_attempts(folder, job)
     if before < 0 or any(attempt.restart == before for attempt in known):
+        return ""
+    ended = read_json(folder / "outcome.json") or {}
+    if ended.get("state") == "stopped":  # by the SIGTERM that comes when a job is sent back, which ends its script too
+        kept = newest_checkpoint(folder)
+        note_attempt(folder, Attempt(job, before, "warned", kept, kept, str(ended["error"])))
         return ""
     reason = "its machine went away, or somebody sent the job back to the queue"
     lost = Attempt(job, before, "lost", step_of(folder), newest_checkpoint(folder), reason)
@@ -99,6 +105,8 @@ def _tell_ranks() -> None:
         "MASTER_ADDR": address,
         "MASTER_PORT": str(found.master_port),
     }
+    if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # else each of several would take those of all, where it can
+        os.environ.setdefault("OMP_NUM_THREADS", cores)
 
 
 def _address(name: str) -> str:

@@ -103,9 +103,8 @@ class Watchdog:
         self._step = step
         self._steps += 1
         self._moves += 1
-        if (
-            self._file is not None
-        ):  # kept open: no round trip to a file server, and yet there when this process is killed
+        if self._file is not None:
+            # Kept open: no round trip to a file server, and yet there when this process is killed.
             with suppress(OSError):
                 put_beat(self._file, self._beat(time.monotonic()))
 
@@ -200,6 +199,6 @@ class Watchdog:
         print(f"rank {self._world.rank}: {text}", file=sys.stderr, flush=True)
         if lead:
             self._say(f"error: {text}")
-            close_run(self._folder, "failed", error=text)
+            close_run(self._folder, "failed", error=text, again=True)
         sys.stdout.flush()
         os._exit(EXIT_CODE)

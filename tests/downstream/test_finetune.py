@@ -321,6 +321,13 @@ def test_a_batch_depends_on_seed_and_step_only(dataset: Path, tmp_path: Path) ->
         assert torch.equal(torch.cat([part.labels for part in parts]), whole[step].labels)
 
 
+def test_the_cases_told_of_a_step_are_those_it_draws(dataset: Path, tmp_path: Path) -> None:
+    asked = settings(tmp_path / "run", dataset, split={"fold": 1, "folds": 2})
+    train = [case for case in cached(dataset, tmp_path) if case.name in finetune._cut(asked, open_dataset(dataset))[0]]
+    source, size = Source(train, asked.patches, Augmentation(), CT, Context(), asked.seed), asked.patches.batch_size
+    assert finetune.samples(asked, 2) == [sample(source, size + n)[2].partition("/")[0] for n in range(size)]
+
+
 def test_forced_patches_hold_foreground(dataset: Path, tmp_path: Path) -> None:
     cases = cached(dataset, tmp_path)
     take = PatchSettings(size=8, batch_size=2, foreground=0.5)

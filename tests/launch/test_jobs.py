@@ -50,6 +50,15 @@ def test_the_queue_knows_a_job_by_number_and_name(tmp_path: Path, monkeypatch: p
     assert held(job("17"), None) is None
 
 
+def test_the_queue_is_all_of_it_whatever_the_users_own_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is not seen would be taken for gone, and submitted a second time."""
+    Cluster(tmp_path / "bin").start(monkeypatch)
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    squeue = '#!/bin/sh\n[ -n "$SQUEUE_STATES" ] || case " $* " in *" -a "*) echo "17|PENDING|None|axial-run";; esac\n'
+    (tmp_path / "bin/squeue").write_text(squeue)
+    assert held(job("17"), queue()) == Queued("PENDING", "None")
+
+
 @pytest.mark.parametrize(
     ("state", "reason", "waits", "why"),
     [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launch.array import Array
 from launch.call import Call
 from launch.jobs import Job, held, last_job, note_job, queue
 from launch.run import RunError, Stopped, close_run, open_run, read_json
@@ -66,7 +68,7 @@ def test_the_script_says_all_that_was_asked(tmp_path: Path) -> None:
         assert line in script.splitlines(), line
     [start] = [line for line in script.splitlines() if line.startswith("srun ")]
     assert "--kill-on-bad-exit=1 --cpus-per-task=12 --container-image=x" in start
-    assert " apptainer exec --nv axial.sif python -u -m submitit.core._submit " in start
+    assert " apptainer exec --nv axial.sif python -P -u -m submitit.core._submit " in start
     assert "apptainer exec --nv axial.sif python -P -m launch.aftermath" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False).stderr == ""
 
@@ -82,6 +84,73 @@ def test_an_option_of_the_users_own_wins(tmp_path: Path) -> None:
     script = Slurm(extra={"no_requeue": True}).script("x", 1, tmp_path)
     assert "#SBATCH --no-requeue" in script
     assert "#SBATCH --requeue" not in script
+
+    script = Slurm(extra={"no-requeue": True, "mail-type": "END"}).script("x", 1, tmp_path)
+    assert "#SBATCH --mail-type=END" in script
+    assert "#SBATCH --requeue" not in script
+
+
+def run_script(tmp_path: Path, program: Program, slurm: Slurm, **environment: str) -> tuple[int, list[str]]:
+    """Exit code of the batch script where the work fails and is to be tried again, and what its programs were asked."""
+    asked = tmp_path / "asked"
+    program("srun", f'echo "srun $*" >> {asked}; exit 3')
+    program("python", f'echo "python $*" >> {asked}; exit 75')
+    program("sleep", f'echo "sleep $*" >> {asked}')
+    given = {"SLURM_JOB_ID": "21", "SLURM_JOB_NODELIST": "a", **environment}
+    script = slurm.script("it's", 2 if "SLURM_ARRAY_JOB_ID" in given else 1, tmp_path / "a b'c")
+    found = subprocess.run(["bash"], input=script, text=True, env={**os.environ, **given}, check=False)
+    return found.returncode, asked.read_text().splitlines()
+
+
+def test_the_script_sees_to_the_end_of_the_work(tmp_path: Path, program: Program) -> None:
+    program("scontrol", f'echo "scontrol $*" >> {tmp_path}/asked')
+    slurm = Slurm(python="python", setup=("set -euo pipefail",))
+    code, [work, asked, after, *requeued] = run_script(tmp_path, program, slurm)
+    assert work.startswith("srun ")
+    assert work.endswith(f"python -P -u -m submitit.core._submit {tmp_path}/a b'c")
+    assert after == f"python -P -m launch.aftermath {tmp_path}/a b'c/PLAN.json 3"
+    assert asked == "scontrol show job -o 21"
+    assert requeued[:2] == ["scontrol requeue 21", "sleep 120"]
+    assert code == 75
+
+
+def test_the_last_element_of_an_array_does_not_send_the_others_back(tmp_path: Path, program: Program) -> None:
+    """Its job number is that of the array."""
+    program("scontrol", f'echo "scontrol $*" >> {tmp_path}/asked')
+    place = {"SLURM_ARRAY_JOB_ID": "21", "SLURM_ARRAY_TASK_ID": "1"}
+    asked = run_script(tmp_path, program, Slurm(python="python"), **place)[1]
+    assert "scontrol requeue 21_1" in asked
+    assert "scontrol show job -o 21_1" in asked
+    assert "scontrol requeue 21" not in asked
+
+
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(tmp_path: Path, program: Program) -> None:
+    program("scontrol", f'echo "scontrol $*" >> {tmp_path}/asked; exit 1')
+    code, asked = run_script(tmp_path, program, Slurm(python="python"))
+    assert asked[3:] == ["scontrol requeue 21", "sleep 10"] * 3
+    assert code == 75
+
+
+def test_only_nodes_that_say_so_do_not_see_the_folder(tmp_path: Path, program: Program) -> None:
+    """A cluster's prologue may print, too."""
+    script = Slurm(nodes=2, python="python").script("x", 1, tmp_path)
+    program("srun", 'echo Welcome; case "$*" in *axial_blind*) echo "axial_blind n2";; esac')
+    program("python", f'echo "$*" >> {tmp_path}/asked; exit 1')
+    environment = {**os.environ, "SLURM_JOB_ID": "21"}
+    subprocess.run(["bash"], input=script, text=True, env=environment, capture_output=True, check=False)
+    assert (tmp_path / "asked").read_text() == f"-P -m launch.aftermath {tmp_path}/PLAN.json 1 n2\n"
+
+
+def test_the_tasks_of_a_verb_are_begun_by_the_same_words(tmp_path: Path, program: Program) -> None:
+    program("sbatch", f"cp $1 {tmp_path}/script; echo no >&2; exit 1")
+    slurm = Slurm(python="apptainer exec axial.sif python", extra={"no-requeue": True, "nice": 5})
+    with Array(slurm, tmp_path / "jobs").open() as each, pytest.raises(RunError, match="sbatch refused the array: no"):
+        next(each(abs, [1, 2], str))
+    script = (tmp_path / "script").read_text()
+    assert " apptainer exec axial.sif python -P -u -m submitit.core._submit " in script
+    assert f"#SBATCH --job-name=axial-{tmp_path.name}" in script.splitlines()
+    assert script.count("requeue") == 1
+    assert "#SBATCH --nice=5" in script
 
 
 @pytest.mark.parametrize(
@@ -149,9 +218,12 @@ def test_who_waits_is_told_the_end(tmp_path: Path, program: Program) -> None:
     program("sbatch", "echo Submitted batch job 17")
     program("squeue", "")
     folder, slurm = tmp_path / "run", Slurm(wait=True)
-    with pytest.raises(RunError, match="job 17 left the queue without a word"):
+    with pytest.raises(RunError, match=r"job 17 left the queue without a word; is .* seen by its machine\?"):
         slurm.run(call(folder))
     [job] = slurm.submit([call(folder)], folder / "jobs", "run")
+    job.log(kind="err").write_text("no python\n")
+    with pytest.raises(RunError, match=rf"job 17 left the queue without a word; see {job.log(kind='err')}"):
+        slurm.wait_for(folder, job)
     close_run(folder, "stopped", error="stopped by SIGTERM after step 3")
     with pytest.raises(Stopped, match="after step 3"):
         slurm.wait_for(folder, job)
@@ -163,3 +235,8 @@ def test_a_wrong_cluster_setting_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("kind: slurm\nnodes: 0\nrestart: 3\nhours: soon\n")
     with pytest.raises(SettingsError, match=r"(?s)3 wrong.*nodes.*c.yaml:2.*hours.*restart: .*did you mean 'restarts'"):
         load(Slurm, tmp_path / "c.yaml")
+
+
+def test_a_job_is_not_warned_as_it_begins(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"signal_delay_s \(300\) must be less than the 180 s of hours"):
+        load(Slurm, None, ["hours=0.05"])

@@ -96,7 +96,8 @@ def test_a_job_that_is_gone_without_a_word(run: Path, cluster: Cluster) -> None:
     status = status_of(run, queue())
     assert status.state == "stopped"
     assert told(status).splitlines()[1:] == [
-        "  job 17 ended without a word (killed, cancelled, or its machine was lost); the same command goes on",
+        "  job 17 ended without a word (out of time before it had saved, killed, cancelled, or its machine was lost); "
+        "the same command goes on",
         "  last time: lost in step 40: node7 is down",
     ]
 
@@ -107,6 +108,15 @@ def test_a_job_that_left_the_queue_before_it_began(run: Path, cluster: Cluster) 
     assert status.error == (
         f"job 17 left the queue before it began (an earlier job failed, it was cancelled, or its machine does not see "
         f"{run}); the same command submits it again"
+    )
+
+
+def test_a_job_that_ended_before_its_work_began_has_said_why(run: Path, cluster: Cluster) -> None:
+    """A line of setup ended the script, or there is no Python."""
+    errors = run / "jobs/17_0_log.err"
+    errors.write_text("bash: line 7: /venv/bin/python: No such file or directory\n")
+    assert told(status_of(run, queue())).splitlines()[1] == (
+        f"  job 17 ended before its work began; see {errors}. The same command submits it again"
     )
 
 

@@ -6,13 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_curation import curate, phantom
+from data_curation.corpus import Corpus
 from launch.cli import main
+from launch.distributed import World
 from launch.plan import Plan, chain
-from launch.settings import SettingsError
+from launch.settings import SettingsError, load
 from launch.verbs import VERBS
+from pretrain.data.stream import batches
+from pretrain.settings import Settings
+from pretrain.train import samples
 
+CPU = torch.device("cpu")
 MEDDINO = ["stage1.yaml", "stage2_gram.yaml", "stage3_hires.yaml"]
 
 
@@ -94,3 +101,16 @@ def test_a_tiny_chain_goes_through(
     assert "runs/first" in out
     assert "made: runs/second/checkpoints/step_00000002\n" in out
     assert "next: axial export folder=runs/second\n" in out
+    for rank in (0, 1):
+        samples_are_those_of_the_stream(load(Settings, Path("runs/first/settings.yaml")), World(rank, 2, rank, CPU))
+
+
+def samples_are_those_of_the_stream(settings: Settings, here: World) -> None:
+    """What is told of a step in which a job fails is what its ranks saw in it."""
+    corpora = [Corpus(source.path, settings.data.split) for source in settings.data.sources]
+    stream = batches(settings.data, world=here, patch_size=16, in_channels=1, start=0, corpus=corpora)
+    seen = [next(stream).keys for _ in range(4)]
+    stream.close()
+    told = [samples(settings, step) for step in (1, 2, 3, 4)]
+    assert [step[here.rank] for step in told] == [keys[0] for keys in seen]
+    assert len({tuple(step) for step in told}) > 1

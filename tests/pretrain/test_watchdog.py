@@ -95,6 +95,7 @@ def test_standing_still_is_said_once_and_then_ended(
     ended = json.loads((tmp_path / "outcome.json").read_text())
     assert ended["state"] == "failed"
     assert "in data at step 7" in ended["error"]
+    assert ended["again"], "a job goes back to the queue"
 
 
 def test_it_can_be_told_to_speak_only_or_be_silent(tmp_path: Path, ends: list[int]) -> None:

@@ -7,8 +7,11 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from launch.attempts import read_attempts
 from launch.call import Call, resolve
@@ -65,15 +68,25 @@ def test_sent_back_by_hand_and_warned_it_goes_on_to_the_same_end(cluster: Cluste
     job = submitted(run, steps=120, step_s=0.1)
     cluster.until(lambda: beaten(run) > 7, 60, "the first steps")
     cluster.ask("scontrol", "requeue", job)
-    cluster.until(lambda: "a" in hows(run) or "lost" in hows(run), 60, f"a second start {tail(run)}")
+    cluster.until(lambda: hows(run), 60, f"a second start {tail(run)}")
     at = beaten(run)
     cluster.until(lambda: beaten(run) > at + 3, 60, "more steps")
     cluster.ask("scancel", "-s", "USR2", job)
-    cluster.until(lambda: hows(run)[-1] == "warned", 60, "the warning")
+    cluster.until(lambda: len(hows(run)) == 2, 60, "the warning")
     ended = cluster.ended(run)
     assert (ended["state"], ended["made"]) == ("done", [undisturbed(120)]), tail(run)
-    assert hows(run) == ["lost", "warned"]
-    assert "starts" in json.loads((run / "run.json").read_text())
+    assert hows(run) == ["warned", "warned"]
+
+
+def test_the_last_of_an_array_goes_back_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """Its number is that of the whole array, too."""
+    runs = [tmp_path / "first", tmp_path / "last"]
+    calls = [call(run, steps=60, step_s=0.1) for run in runs]
+    _, last = Slurm(hours=0.2).submit(calls, tmp_path / "jobs", "both")
+    cluster.until(lambda: min(map(beaten, runs)) > 5, 60, "the first steps")
+    cluster.ask("scancel", "-s", "USR2", last.id)
+    assert [cluster.ended(run)["made"] for run in runs] == [[undisturbed(60)]] * 2
+    assert [hows(run) for run in runs] == [[], ["warned"]]
 
 
 def test_a_killed_rank_ends_the_job_everywhere_and_it_goes_on(cluster: Cluster, tmp_path: Path) -> None:
@@ -140,11 +153,25 @@ def daemons(job: str) -> list[int]:
     return [int(pid) for pid in (asked.stdout + scripts.stdout).split()]
 
 
-def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.fixture(params=["SIGUSR2", "SIGTERM"])
+def preempting(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """By what a job is told that it is pre-empted. SIGUSR2 is something that a cluster must be set up for."""
+    conf, own = cluster.machine.conf, cluster.machine.conf.read_text()
+    if request.param == "SIGTERM":
+        conf.write_text(own.replace("SlurmctldParameters=preempt_send_user_signal\n", ""))
+        cluster.ask("scontrol", "reconfigure")
+    yield str(request.param)
+    conf.write_text(own)
+    cluster.ask("scontrol", "reconfigure")
+
+
+def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path, preempting: str) -> None:
     low, high = tmp_path / "low", tmp_path / "high"
     submitted(low, Slurm(hours=0.2, partition="low", extra={"exclusive": True}, nodes=2), steps=120, step_s=0.1)
     cluster.until(lambda: beaten(low) > 6, 60, "the first steps")
     submitted(high, Slurm(hours=0.2, partition="main", extra={"exclusive": True}, nodes=2), steps=5)
     assert cluster.ended(high)["state"] == "done", tail(high)
-    assert hows(low) == ["warned"], tail(low)
+    [attempt] = read_attempts(low)
+    assert attempt.how == "warned"
+    assert attempt.reason.startswith(f"stopped by {preempting} after step "), tail(low)
     assert cluster.ended(low)["made"] == [undisturbed(120)], tail(low)
