@@ -205,9 +205,9 @@ class _Run:
         ]
         executor = slurm.executor(self.folder)
         # SLURM must not start a lost element again, since that would do the task that killed it for ever.
-        asked = slurm.parameters(self.array.name)
+        asked = slurm.parameters("")
         extra: dict[str, Any] = {"no_requeue": True, **asked.get("slurm_additional_parameters", {})}
-        given = {"slurm_array_parallelism": parallel, "slurm_additional_parameters": extra}
+        given = {"name": self.array.name, "slurm_array_parallelism": parallel, "slurm_additional_parameters": extra}
         executor.update_parameters(**(asked | given))
         try:
             with as_outside_a_job():

@@ -7,14 +7,17 @@ same settings go on with it, others are refused with the difference.
 from __future__ import annotations
 
 import difflib
+import fcntl
 import glob
+import hashlib
 import json
 import os
 import re
 import shlex
 import socket
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,21 +117,33 @@ def open_run(
         raise RunError(f"{file} is a file, so {folder} cannot be the run folder; choose another folder=") from None
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from None
-    refuse_others(folder, settings, free, remedy)
-    record = _record(folder)
-    _refuse_busy(folder, record["starts"][-1] if record["starts"] else {})
-    start = {
-        "at": now(),
-        "command": list(command),
-        **_here(),
-        **origin(),
-        "seeds": _seeds(settings.model_dump(mode="json")),
-    }
-    record["starts"].append(start)
-    write_text(folder / "settings.yaml", dump(settings))
-    (folder / "outcome.json").unlink(missing_ok=True)
-    write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+    begun = {**_here(), **origin(), "seeds": _seeds(settings.model_dump(mode="json"))}
+    with _alone(folder):
+        refuse_others(folder, settings, free, remedy)
+        record = _record(folder)
+        _refuse_busy(folder, record["starts"][-1] if record["starts"] else {})
+        record["starts"].append({"at": now(), "command": list(command), **begun})
+        write_text(folder / "settings.yaml", dump(settings))
+        (folder / "outcome.json").unlink(missing_ok=True)
+        write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
     return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two commands at once for one folder come one after the other; on one machine, whatever its file systems can."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"axial-{os.getuid()}-{name}.lock"
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError:  # a machine without room for it: then without
+        yield
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def close_run(

@@ -42,7 +42,7 @@ class Task:
             outcome = self.call.execute()
         except Stopped as stop:  # every rank has saved; what now is for the job's aftermath to say
             # Where another rank has failed that is the cause: srun ends the others by SIGTERM.
-            if first and not (folder / "outcome.json").exists():
+            if first and not (stop.signal == "SIGTERM" and (folder / "outcome.json").exists()):
                 close_run(folder, "stopped", error=str(stop))
             return Outcome(next=(str(stop),)) if first else None
         except BaseException as error:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import Field
@@ -154,6 +155,25 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     # Another process that got the same number, and another machine's process.
     assert alive({**record["starts"][-1], "pid": os.getpid(), "ticks": 1}) is False
     assert alive({**record["starts"][-1], "host": "elsewhere"}) is None
+
+
+def test_of_two_commands_at_once_one_is_refused(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from launch.run import *; "
+        "from tests.launch.steps_verb import Settings; folder = Path(sys.argv[1]); sys.stdin.read(1)\n"
+        "try: open_run(folder, Settings(folder=folder), ['x'])\n"
+        "except RunError as error: print(error, flush=True)\n"
+        "else: print('opened', flush=True); sys.stdin.read()"
+    )
+    for number in range(3):
+        command = [sys.executable, "-c", code, str(tmp_path / f"run{number}")]
+        pipe: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **pipe) as one, subprocess.Popen(command, **pipe) as other:
+            for process in (one, other):
+                process.stdin.write("go")
+                process.stdin.flush()
+            said = [process.stdout.readline() for process in (one, other)]
+        assert sorted("is being worked in by process" in line for line in said) == [False, True], said
 
 
 @pytest.mark.parametrize(("start", "who"), [({"pid": 7}, "process 7 on node7"), ({"pid": None}, "a job in the queue")])

@@ -148,6 +148,7 @@ def test_the_tasks_of_a_verb_are_begun_by_the_same_words(tmp_path: Path, program
         next(each(abs, [1, 2], str))
     script = (tmp_path / "script").read_text()
     assert " apptainer exec axial.sif python -P -u -m submitit.core._submit " in script
+    assert f"#SBATCH --job-name=axial-{tmp_path.name}" in script.splitlines()
     assert script.count("requeue") == 1
     assert "#SBATCH --nice=5" in script
 
