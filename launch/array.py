@@ -117,6 +117,19 @@ class Array:
         """What the jobs are called in the queue."""
         return _named(self.folder.parent)
 
+    def parameters(self) -> dict[str, Any]:
+        """Of submitit's update_parameters."""
+        asked = self.slurm.parameters("")
+        # SLURM must not start a lost element again, since that would do the task that killed it for ever.
+        extra: dict[str, Any] = {"no_requeue": True, **asked.get("slurm_additional_parameters", {})}
+        given = {"name": self.name, "slurm_array_parallelism": self.parallel(), "slurm_additional_parameters": extra}
+        return asked | given
+
+    def script(self) -> str:
+        """What sbatch would be given for a step of as many jobs as there may be. Needs no cluster."""
+        folder = (self.folder / f"{PREFIX}ID").resolve()
+        return self.slurm.written(self.parameters(), folder, self.slurm.array.elements)
+
     def parallel(self) -> int:
         """How many jobs may run at a time."""
         local = max(1, workers_for(0) // self.slurm.cpus_per_process) if self.slurm.cluster == "local" else None
@@ -204,11 +217,7 @@ class _Run:
             for share, file in zip(shares, files, strict=True)
         ]
         executor = slurm.executor(self.folder)
-        # SLURM must not start a lost element again, since that would do the task that killed it for ever.
-        asked = slurm.parameters("")
-        extra: dict[str, Any] = {"no_requeue": True, **asked.get("slurm_additional_parameters", {})}
-        given = {"name": self.array.name, "slurm_array_parallelism": parallel, "slurm_additional_parameters": extra}
-        executor.update_parameters(**(asked | given))
+        executor.update_parameters(**self.array.parameters())
         try:
             with as_outside_a_job():
                 jobs = executor.submit_array(elements)

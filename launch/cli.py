@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from launch.array import Array
 from launch.call import Call, resolve
 from launch.documents import near
 from launch.executors import Executor, Here, Processes, Slurm, crew_of, load_cluster
@@ -230,8 +231,16 @@ def _dry(work: Performance, executor: Executor) -> str:
         told += [f"# {len(plan.runs)} runs in {plan.folder}:", *(f"#   {run.name}" for run in plan.runs)]
     if isinstance(executor, Slurm):
         told += ["# the cluster file", dump(executor).rstrip("\n")]
-        told += [] if work.verb.crew else [f"# sbatch is given\n{script}" for script in scripts(work, executor)]
+        told += [f"# sbatch is given\n{script}" for script in _scripts(work, executor)]
     return "\n".join(told)
+
+
+def _scripts(work: Performance, executor: Slurm) -> Iterator[str]:
+    """Of a verb that shares its tasks out, that of one step with as many jobs as there may be."""
+    if not work.verb.crew:
+        yield from scripts(work, executor)
+    elif isinstance(crew := crew_of(executor, work.plan.folder), Array):
+        yield crew.script()
 
 
 def _end(outcome: Outcome) -> int:

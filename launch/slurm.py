@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
@@ -201,10 +201,13 @@ class Slurm(Settings):
 
     def script(self, name: str, count: int, folder: Path, after: Sequence[str] = ()) -> str:
         """What sbatch would be given for ``count`` runs. Needs no cluster."""
+        folder = folder.resolve()
+        return self.written(self.parameters(name, folder / "PLAN.json", count, after), folder, count)
+
+    def written(self, given: Mapping[str, Any], folder: Path, count: int) -> str:
+        """The script that submitit makes of ``given`` parameters, for an array where ``count`` is more than 1."""
         from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
-        folder = folder.resolve()
-        given = self.parameters(name, folder / "PLAN.json", count, after)
         named = {key.removeprefix("slurm_"): value for key, value in given.items() if not key.startswith("local_")}
         equal: dict[str, str] = dict(SlurmExecutor._equivalence_dict())  # type: ignore[arg-type]
         told: dict[str, Any] = {equal.get(key, key): value for key, value in named.items()}

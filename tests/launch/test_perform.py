@@ -312,6 +312,17 @@ def test_waiting_tells_what_failed(
     assert [state(f"s/{name}") for name in "abc"] == ["done"] * 3
 
 
+def test_a_dry_run_of_shared_out_tasks_shows_the_array_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("scans/patient").mkdir(parents=True)
+    Path("scans/patient/ct.nii.gz").touch()
+    Path("corpus.yaml").write_text("datasets: [{name: folder, root: scans, licence: CC0}]\n")
+    Path("cpu.yaml").write_text("kind: slurm\npartition: cpu\narray: {elements: 40, parallel: 5}\n")
+    assert main(["curate", "corpus.yaml", "folder=corpus", "--dry-run", "--on", "cpu.yaml"]) == 0
+    script = capsys.readouterr().out.partition("# sbatch is given\n")[2].splitlines()
+    assert {"#SBATCH --array=0-39%5", "#SBATCH --job-name=axial-corpus", "#SBATCH --no-requeue"} <= set(script)
+    assert not Path("corpus").exists()
+
+
 def test_a_dry_run_shows_every_link_the_cluster_and_the_script(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
