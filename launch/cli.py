@@ -72,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with work.noted(run):
                 if isinstance(executor, Here):
                     outcome = target(run.settings)
-                elif verb.crew:
-                    outcome = target(run.settings, crew_of(executor, run.folder))
-                else:
+                elif isinstance(executor, Processes) and not verb.crew:
                     outcome = executor.run(Call(verb.main, verb.settings, run.folder))
+                else:
+                    outcome = target(run.settings, crew_of(executor, run.folder))
                 work.outcomes.append(outcome)
         return _end(work.ended())
     except BaseException as error:

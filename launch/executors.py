@@ -1,8 +1,8 @@
 """Where a verb runs, as a cluster file says: in this process, in several on this machine, or as a job through submitit.
 
-A new place is one class: its settings, ``detached`` (does it outlive the command?) and ``run(call) -> Outcome``; and
-who does the tasks of a verb that shares them out, in ``crew_of``. Elsewhere than here the settings travel as the
-settings.yaml of the run folder, so that what ran is what the folder says.
+A new place is one class: its settings and ``run(call) -> Outcome``, or, for jobs that outlive the command and may wait
+for one another, ``submit`` and ``wait_for``; and who does the tasks of a verb that shares them out, in ``crew_of``.
+Elsewhere than here the settings travel as the settings.yaml of the run folder: what ran is what the folder says.
 """
 
 from __future__ import annotations

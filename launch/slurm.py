@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from launch.call import Call
 from launch.jobs import Job, held, note_job, queue
 from launch.ranks import RankFailed
-from launch.run import Outcome, RunError, Stopped, close_run, command, note_start, now, read_json
+from launch.run import Outcome, RunError, Stopped, close_run, note_start, now, read_json
 from launch.settings import Settings
 from launch.task import Task
 
@@ -104,13 +104,11 @@ class Slurm(Settings):
         """A job outlives the command, unless one waits for it."""
         return not self.wait and self.cluster != "debug"
 
-    def submit(
-        self, calls: Sequence[Call], folder: Path, name: str, after: Sequence[str] = (), any_end: bool = False
-    ) -> list[Job]:
+    def submit(self, calls: Sequence[Call], folder: Path, name: str, after: Sequence[str] = ()) -> list[Job]:
         """One job for one call, one array for several; noted in the run folder of each, whose start waits from now on.
 
-        ``folder`` takes script, pickles and output. With ``after`` the job begins when these jobs have ended well (with
-        ``any_end``: somehow), and leaves the queue when they no longer can. Raises RunError where it is refused.
+        ``folder`` takes script, pickles and output. With ``after`` the job begins when these jobs have ended well, and
+        leaves the queue when they no longer can. Raises RunError where it is refused.
         """
         import submitit
 
@@ -119,7 +117,7 @@ class Slurm(Settings):
         folder.mkdir(parents=True, exist_ok=True)
         plan = folder / f"{uuid4().hex[:12]}.json"
         executor = self.executor(folder)
-        executor.update_parameters(**self.parameters(name, plan, len(calls), after, any_end))
+        executor.update_parameters(**self.parameters(name, plan, len(calls), after))
         if self.cluster == "slurm":
             listed = [[call.main, call.model, str(call.folder.resolve())] for call in calls]
             plan.write_text(json.dumps({"calls": listed, "restarts": self.restarts, "requeues": self.requeues}))
@@ -145,13 +143,6 @@ class Slurm(Settings):
                     one.result()
         return jobs
 
-    def run(self, call: Call) -> Outcome:
-        """Submit one run; its outcome where one waits for it, else what to look at."""
-        [job] = self.submit([call], call.folder / "jobs", call.folder.resolve().name)
-        if not self.detached:
-            return self.wait_for(call.folder, job)
-        return Outcome((f"job {job.id}, its output in {job.log()}",), (command("status", f"folder={call.folder}"),))
-
     @property
     def python_words(self) -> str:
         """What starts Python in a job. -P keeps the folder that one submits from off the import path."""
@@ -173,7 +164,7 @@ class Slurm(Settings):
         ended = read_json(folder / "outcome.json")
         if ended is None:
             errors = job.log(kind="err")
-            seen = f"see {errors}" if errors.exists() else f"is {folder} seen by its machine?"
+            seen = f"see {errors}." if errors.exists() else f"is {folder} seen by its machine?"
             raise RunError(f"job {job.id} left the queue without a word; {seen} The same command submits it again")
         if ended["state"] == "stopped":
             raise Stopped(str(ended["error"]))
@@ -218,7 +209,7 @@ class Slurm(Settings):
         return str(_make_sbatch_string(command, folder, **told))
 
     def parameters(
-        self, name: str, plan: Path | None = None, count: int = 1, after: Sequence[str] = (), any_end: bool = False
+        self, name: str, plan: Path | None = None, count: int = 1, after: Sequence[str] = ()
     ) -> dict[str, Any]:
         """Of submitit's update_parameters; what is None is left to the cluster. ``plan``: see launch.aftermath."""
         before, behind = self._around(plan) if plan is not None else (list(self._lines), None)
@@ -240,7 +231,7 @@ class Slurm(Settings):
             "slurm_account": self.account,
             "slurm_qos": self.qos,
             "slurm_constraint": self.constraint,
-            "slurm_dependency": f"{'afterany' if any_end else 'afterok'}:{':'.join(after)}" if after else None,
+            "slurm_dependency": f"afterok:{':'.join(after)}" if after else None,
             "slurm_array_parallelism": (self.array.parallel or count) if count > 1 else None,
             "slurm_setup": before or None,
             "slurm_teardown": behind,

@@ -38,6 +38,12 @@ def call(folder: Path, **settings: Any) -> Call:
     return Call("toy_verb:main", "toy_verb:Settings", folder)
 
 
+def waited_for(slurm: Slurm, asked: Call) -> Outcome:
+    """What becomes of a job."""
+    [job] = slurm.submit([asked], asked.folder / "jobs", "toy")
+    return slurm.wait_for(asked.folder, job)
+
+
 def gone(folder: Path) -> bool:
     """Have all processes that were here ended?"""
     pids = [int(path.read_text()) for path in folder.glob("was_here_*")]
@@ -127,7 +133,7 @@ def test_nobody_is_left_when_the_first_process_is_killed(tmp_path: Path) -> None
 # submitit lets go of the process that it started.
 @pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_local_job_forms_a_group_and_notes_its_end(tmp_path: Path) -> None:
-    got = Slurm(cluster="local", processes_per_node=2, wait=True, hours=0.1).run(call(tmp_path, mode="group"))
+    got = waited_for(Slurm(cluster="local", processes_per_node=2, hours=0.2), call(tmp_path, mode="group"))
     assert got == Outcome(made=("a toy",), next=("play with it",))
     assert outcome(tmp_path)["state"] == "done"
     [start] = json.loads((tmp_path / "run.json").read_text())["starts"]
@@ -139,18 +145,16 @@ def test_a_local_job_forms_a_group_and_notes_its_end(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_local_job_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match=r"job .* failed") as caught:
-        Slurm(cluster="local", wait=True, hours=0.1).run(call(tmp_path, mode="bug"))
+        waited_for(Slurm(cluster="local", hours=0.2), call(tmp_path, mode="bug"))
     assert "RuntimeError: the toy is broken" in caught.value.trace
     assert (outcome(tmp_path)["state"], outcome(tmp_path)["error"]) == ("failed", "RuntimeError: the toy is broken")
 
 
 @pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_job_one_does_not_wait_for(tmp_path: Path) -> None:
-    executor = Slurm(cluster="local", hours=0.1)
+    executor = Slurm(cluster="local", hours=0.2)
     assert executor.detached
-    got = executor.run(call(tmp_path))
-    assert got.made[0].startswith("job ")
-    assert got.next == (f"axial status folder={tmp_path}",)
+    executor.submit([call(tmp_path)], tmp_path / "jobs", "toy")
     for _ in range(400):
         if (tmp_path / "outcome.json").exists():
             break
@@ -161,7 +165,7 @@ def test_a_job_one_does_not_wait_for(tmp_path: Path) -> None:
 # submitit leaves its two log files open.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_debug_job_runs_in_this_process(tmp_path: Path) -> None:
-    assert Slurm(cluster="debug").run(call(tmp_path)).ok
+    assert waited_for(Slurm(cluster="debug"), call(tmp_path)).ok
     assert (tmp_path / "was_here_0").read_text() == str(os.getpid())
 
 
@@ -169,7 +173,7 @@ def test_a_debug_job_runs_in_this_process(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_job_that_was_stopped_is_not_done(tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
-        Slurm(cluster="debug").run(call(tmp_path, mode="stopped", signal="SIGTERM"))
+        waited_for(Slurm(cluster="debug"), call(tmp_path, mode="stopped", signal="SIGTERM"))
     assert outcome(tmp_path)["state"] == "stopped"
 
 
@@ -180,7 +184,7 @@ def test_a_folder_with_any_name_travels(tmp_path: Path) -> None:
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RunError, match="no sbatch on this machine"):
-        Slurm().run(call(tmp_path))
+        waited_for(Slurm(), call(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["here.yaml", "two_processes.yaml", "slurm_array.yaml", "slurm_example.yaml"])

@@ -183,14 +183,12 @@ def test_a_refusal_is_one_line_and_the_run_can_be_submitted_again(
 def test_the_jobs_of_an_array_know_their_runs(tmp_path: Path, program: Program) -> None:
     program("sbatch", f"cp $1 {tmp_path}/script; echo Submitted batch job 21")
     folders = [tmp_path / "sweep" / name for name in "abc"]
-    jobs = Slurm().submit(
-        [call(folder) for folder in folders], tmp_path / "sweep" / "jobs", "sweep", after=["9"], any_end=True
-    )
+    jobs = Slurm().submit([call(folder) for folder in folders], tmp_path / "sweep" / "jobs", "sweep", after=["9"])
     assert [job.id for job in jobs] == ["21_0", "21_1", "21_2"]
     assert [last_job(folder) for folder in folders] == jobs
     script = (tmp_path / "script").read_text()
     assert "#SBATCH --array=0-2%3" in script
-    assert "#SBATCH --dependency=afterany:9" in script
+    assert "#SBATCH --dependency=afterok:9" in script
     plan = next((tmp_path / "sweep/jobs").glob("*.json"))
     assert str(plan) in script
     assert [one[2] for one in (read_json(plan) or {})["calls"]] == [str(folder) for folder in folders]
@@ -218,9 +216,9 @@ def test_who_waits_is_told_the_end(tmp_path: Path, program: Program) -> None:
     program("sbatch", "echo Submitted batch job 17")
     program("squeue", "")
     folder, slurm = tmp_path / "run", Slurm(wait=True)
-    with pytest.raises(RunError, match=r"job 17 left the queue without a word; is .* seen by its machine\?"):
-        slurm.run(call(folder))
     [job] = slurm.submit([call(folder)], folder / "jobs", "run")
+    with pytest.raises(RunError, match=r"job 17 left the queue without a word; is .* seen by its machine\?"):
+        slurm.wait_for(folder, job)
     job.log(kind="err").write_text("no python\n")
     with pytest.raises(RunError, match=rf"job 17 left the queue without a word; see {job.log(kind='err')}"):
         slurm.wait_for(folder, job)

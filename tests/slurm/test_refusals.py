@@ -66,6 +66,7 @@ def test_a_folder_that_one_of_two_nodes_does_not_see(cluster: Cluster, unshared:
 
 def test_a_folder_that_the_only_node_does_not_see(cluster: Cluster, unshared: Path) -> None:
     run = unshared / "run"
-    slurm = Slurm(hours=0.2, wait=True, extra={"nodelist": "node1"})
+    slurm = Slurm(hours=0.2, extra={"nodelist": "node1"})
+    [job] = slurm.submit([call(run)], run / "jobs", "run")
     with pytest.raises(RunError, match=rf"left the queue without a word; is {run} seen by its machine\?"):
-        slurm.run(call(run))
+        slurm.wait_for(run, job)
