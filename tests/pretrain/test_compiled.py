@@ -43,8 +43,18 @@ def counting(monkeypatch: Any) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at every tensor it meets
-@pytest.mark.parametrize("what", ["none", "blocks", "matmuls"])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("what", "bf16"),
+    [
+        ("none", False),
+        ("blocks", True),
+        ("matmuls", True),
+        *(
+            pytest.param(what, bf16, marks=pytest.mark.slow)
+            for what, bf16 in (("blocks", False), ("matmuls", False), ("none", True))
+        ),
+    ],
+)
 def test_all_blocks_and_all_crop_sizes_share_few_graphs(monkeypatch: pytest.MonkeyPatch, what: Any, bf16: bool) -> None:
     torch._dynamo.reset()
     graphs = counting(monkeypatch)
