@@ -74,7 +74,9 @@ def _failed(call: Call, job: str, ended: dict[str, Any] | None, reason: str, res
     if ended is not None and state == "failed" and not ended.get("again"):
         return ENDED
     how: Literal["killed", "failed"] = "failed" if state == "failed" else "killed"
-    attempt = Attempt(job, restarted(), how, step_of(folder), newest_checkpoint(folder), reason)
+    first = re.match(r"rank (\d+)", reason)
+    step = step_of(folder, int(first[1]) if first else None)
+    attempt = Attempt(job, restarted(), how, step, newest_checkpoint(folder), reason)
     note_attempt(folder, attempt)
     if no := against_another(read_attempts(folder, job), restarts):
         close_run(folder, "failed", error=f"job {job} is not tried again: {no}: {reason}{_samples(call, attempt.step)}")

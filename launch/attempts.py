@@ -85,14 +85,18 @@ def against_another(attempts: Sequence[Attempt], restarts: int) -> str:
     return ""
 
 
-def step_of(folder: Path) -> int | None:
-    """The step that the start before this moment was in, by its processes' signs of life; None where there are none."""
+def step_of(folder: Path, rank: int | None = None) -> int | None:
+    """The step that the start before this moment was in, by its processes' signs of life; None where there are none.
+
+    That of ``rank`` where it has given one, else the furthest.
+    """
     record = read_json(folder / "run.json")
     if not record or not record.get("starts"):
         return None
     start = record["starts"][-1]
     begun = datetime.fromisoformat(start.get("begun", start["at"])).timestamp() - SKEW_S
-    return max((beat.step for beat in read_beats(folder) if beat.at >= begun), default=None)
+    steps = {beat.rank: beat.step for beat in read_beats(folder) if beat.at >= begun}
+    return steps[rank] if rank in steps else max(steps.values(), default=None)
 
 
 def newest_checkpoint(folder: Path) -> int | None:

@@ -76,6 +76,8 @@ def test_the_step_is_that_of_the_last_start_alone(tmp_path: Path) -> None:
     assert step_of(tmp_path) is None
     write_beat(tmp_path, Beat(1, 2, "n", 1, 12, 0, "data", 1, 0.0, time.time()))
     assert step_of(tmp_path) == 12
+    write_beat(tmp_path, Beat(0, 2, "n", 1, 13, 0, "data", 1, 0.0, time.time()))
+    assert (step_of(tmp_path), step_of(tmp_path, 1), step_of(tmp_path, 7)) == (13, 12, 13)
 
 
 def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
