@@ -17,11 +17,6 @@ from launch.status import status_of
 from tests.launch.slurm_programs import Cluster, run_of
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    return Cluster(tmp_path / "bin").start(monkeypatch)
-
-
 def state(run: Path) -> tuple[str, str]:
     status = status_of(run, queue())
     return status.state, status.error

@@ -19,16 +19,6 @@ from launch.run import RunError, close_run, note_start
 from tests.launch.slurm_programs import Cluster, run_of
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    return Cluster(tmp_path / "bin").start(monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return run_of(tmp_path / "run", job="17")
-
-
 def printed(run: Path, text: str, rank: int = 0, kind: str = "out") -> Path:
     path = run / "jobs" / f"17_{rank}_log.{kind}"
     with path.open("a") as file:

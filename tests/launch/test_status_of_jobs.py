@@ -17,16 +17,6 @@ from launch.status import Settings, main, status_of, told
 from tests.launch.slurm_programs import Cluster, Toy, run_of
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    return Cluster(tmp_path / "bin").start(monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return run_of(tmp_path / "run", job="17")
-
-
 def begun(run: Path, **start: Any) -> None:
     """As the job does when it starts, on a machine that is not this one."""
     note_start(run, job="17")
