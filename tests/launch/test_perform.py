@@ -228,7 +228,7 @@ def test_links_are_jobs_that_wait_for_one_another(cluster: Cluster, capsys: pyte
 def test_a_run_whose_job_waits_is_left_alone(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["linked", "folder=r", "--on", "slurm.yaml"]
     assert main(words) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().out == "made: job 1, its output in r/jobs/1_0_log.out\nnext: axial status folder=r\n"
     assert main(words) == 0
     assert capsys.readouterr().out == "r: still at work as job 1\nnext: axial status folder=r\n"
     assert main([*words, "size=3"]) == 2
